@@ -1,0 +1,72 @@
+"""The two seams between the agent and what stands above it: requests going down, requests coming up.
+
+`rref` and `autograd` see the agent only as a `Requester`, so that both can be tested without sockets. The agent sees everything
+above it only as a `RequestCallback` (torch's own term), so that it never unpickles and imports nothing from above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from zmqagent.exceptions import RpcError
+from zmqagent.wire.commands import Command
+from zmqagent.wire.types import Message, WorkerId
+
+__all__ = ["NO_TIMEOUT", "UNSET_TIMEOUT", "OnReply", "Reply", "RequestCallback", "Requester", "Respond"]
+
+UNSET_TIMEOUT = -1.0
+"""As a timeout: the agent's default (``rpc_timeout`` of the options, or what ``_set_rpc_timeout`` set)."""
+
+NO_TIMEOUT = 0.0
+"""As a timeout: none; only an answer, the peer's death or shutdown ends the call."""
+
+Reply = Command | RpcError
+"""What became of a request: the peer's answer, or why there is none. A peer's `Failure` with an error code arrives as that
+`RpcError`; one with code 0 (a user function raised) arrives as the `Failure`, for whoever can unpickle it."""
+
+OnReply = Callable[[Reply], None]
+Respond = Callable[[Message], None]
+
+
+class Requester(Protocol):
+    """The agent, as the layers above it see it. All methods may be called from any thread."""
+
+    @property
+    def worker_id(self) -> WorkerId:
+        """This worker's id."""
+
+    def worker_name(self, worker_id: WorkerId) -> str:
+        """The name of a member of the group; a readable stand-in if the id is unknown."""
+
+    def request(
+        self,
+        to: WorkerId,
+        message: Message,
+        on_reply: OnReply,
+        *,
+        timeout: float = UNSET_TIMEOUT,
+        retry: bool = False,
+        device_map: Mapping[Any, Any] | None = None,
+    ) -> None:
+        """Sends ``message`` to ``to`` (which may be this worker itself).
+
+        ``on_reply`` runs exactly once, later, on a thread of the agent that holds no lock and does not receive: it may block, send
+        and run user code. It never runs inside this call. ``retry`` is for idempotent messages: they are sent again (5 tries, 1 s x
+        1.5^n apart) until an answer comes. ``device_map`` overrides the options' map for this message's tensors.
+
+        Raises:
+            RpcError: a fault found before anything was accepted (unknown worker, device without a map, shutdown); then
+                ``on_reply`` never runs.
+        """
+
+
+class RequestCallback(Protocol):
+    """What the agent hands every request to."""
+
+    def __call__(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        """Serves one request, on a thread of the agent that may run user code.
+
+        ``respond`` must be called exactly once, now or later and from any thread; an exception raised here is answered by the agent
+        as a `Failure`. Tensors of ``message`` are torch tensors again.
+        """

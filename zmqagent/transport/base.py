@@ -1,0 +1,107 @@
+"""What the agent needs of a transport: lists of buffers to a peer, and events back.
+
+A transport knows nothing of messages, calls, RRefs or autograd: it moves frames and tells which peers can be reached. All
+implementations pass the same suite (``tests/contract``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zmqagent.wire.types import WorkerId
+
+__all__ = ["Event", "Frames", "PeerDown", "PeerRecord", "PeerUp", "Received", "Transport"]
+
+Frames = Sequence[Any]
+"""The frames of one message: objects with the buffer protocol, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRecord:
+    """What a worker publishes of itself, and all that others need to reach it.
+
+    ``incarnation`` is a random 63-bit number drawn at start: a worker that comes back under its old name and id is another
+    peer. ``host`` names machine, boot and process-id namespace, so that two workers know whether they share a kernel; ``pid`` means
+    something to peers with an equal ``host`` only. ``addresses`` are the transport's own endpoints, best first.
+    """
+
+    name: str
+    worker_id: WorkerId
+    incarnation: int
+    host: str
+    pid: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A whole message came in. The frames belong to the receiver: their memory stays as it is for as long as they are referenced."""
+
+    frames: Frames
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """A connection to the peer stands (again)."""
+
+    worker_id: WorkerId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    """The peer is gone for good, by ``reason``; nothing more comes from this incarnation."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+Event = Received | PeerUp | PeerDown
+
+
+class Transport(ABC):
+    """Moves frames between the workers of a group.
+
+    `send`, `connect`, `disconnect` and `wake` may be called from any thread at any time; `receive` by one thread at a time
+    (the caller holds a lock across each call; which thread holds it may change between calls).
+    """
+
+    @property
+    @abstractmethod
+    def addresses(self) -> tuple[str, ...]:
+        """The endpoints under which peers reach this transport, best first; fixed from construction on."""
+
+    @abstractmethod
+    def connect(self, peer: PeerRecord) -> None:
+        """Makes ``peer`` known: from now on `send` reaches it, and its death is reported. Never blocks; the connection itself may
+        be made later. An older incarnation of the same worker id is forgotten."""
+
+    @abstractmethod
+    def disconnect(self, worker_id: WorkerId) -> None:
+        """Forgets a peer; unknown ids are ignored. What was accepted by `send` before still goes out if the peer lives."""
+
+    @abstractmethod
+    def send(self, to: WorkerId, frames: Frames) -> None:
+        """Sends one message, whole or not at all. The frames' memory must never change afterwards: the transport may hold on to it.
+
+        Raises:
+            UnknownWorkerError: ``to`` is not connected.
+            ShutdownError: the transport is closed.
+        """
+
+    @abstractmethod
+    def receive(self, timeout: float | None) -> Event | None:
+        """The next event; None after ``timeout`` seconds (None: no limit), after `wake`, and once closed."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Makes a `receive` that waits now, or else the next one, return None at once."""
+
+    @abstractmethod
+    def close(self, linger: float = 1.0) -> None:
+        """Sends what was accepted, for at most ``linger`` seconds, then frees sockets, files and threads. Idempotent. `receive`
+        must not be running: the caller wakes it and stops calling it first."""

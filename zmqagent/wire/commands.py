@@ -1,0 +1,491 @@
+"""One small class a message type, to and from `Message`.
+
+Pure. A command says what is asked or answered in the terms of torch's RPC; `Message` is the same in a shape that `frames` can
+put on the wire. Wrappers (`ForwardAutograd`) nest: the wrapped message's type and fields travel inside the wrapper's fields, and
+payload, buffers and tensors pass through untouched.
+
+`parse` turns a received `Message` into its command and raises `ProtocolError` if the fields do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.types import AutogradMetadata, ForkId, Message, MessageType, RRefId
+
+__all__ = [
+    "AbortBackward",
+    "Ack",
+    "BackwardAutograd",
+    "Barrier",
+    "BarrierPassed",
+    "CleanupContext",
+    "Command",
+    "Failure",
+    "ForwardAutograd",
+    "Goodbye",
+    "Pickled",
+    "PythonCall",
+    "PythonRemoteCall",
+    "RRefBackward",
+    "RRefChildAccept",
+    "RRefFetch",
+    "RRefForkRequest",
+    "RRefUserDelete",
+    "RemoteReturn",
+    "Return",
+    "ScriptCall",
+    "ScriptRemoteCall",
+    "parse",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """An object as the RPC pickler leaves it: the pickle, its out-of-band buffers, and the tensors taken out of it."""
+
+    payload: bytes | bytearray | memoryview = b""
+    buffers: Sequence[Any] = ()
+    tensors: Sequence[Any] = ()
+
+
+def _message(type: MessageType, fields: tuple[Any, ...], body: Pickled) -> Message:
+    return Message(type, fields, body.payload, body.buffers, body.tensors)
+
+
+def _body(message: Message) -> Pickled:
+    return Pickled(message.payload, message.buffers, message.tensors)
+
+
+def _take(message: Message, *types: type) -> tuple[Any, ...]:
+    """The fields of ``message``, checked against ``types`` one by one."""
+    fields = message.fields
+    # bool is an int to isinstance, yet never a valid id here: compare exact types.
+    if len(fields) != len(types) or any(type(f) is not t for f, t in zip(fields, types, strict=True)):
+        wanted = ", ".join(t.__name__ for t in types)
+        got = ", ".join(type(f).__name__ for f in fields)
+        raise ProtocolError(f"a {message.type.name} message carries the fields ({wanted}), but ({got}) arrived")
+    return fields
+
+
+@dataclass(frozen=True, slots=True)
+class PythonCall:
+    """Run a pickled function; ``body`` is a pickled ``PythonUDF(func, args, kwargs)``."""
+
+    type: ClassVar[MessageType] = MessageType.PYTHON_CALL
+    body: Pickled
+    is_async: bool
+
+    def to_message(self) -> Message:
+        return _message(self.type, (self.is_async,), self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> PythonCall:
+        (is_async,) = _take(message, bool)
+        return cls(_body(message), is_async)
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptCall:
+    """Run a builtin operator (``aten::add``) or a TorchScript function by its qualified name; ``body`` pickles (args, kwargs)."""
+
+    type: ClassVar[MessageType] = MessageType.SCRIPT_CALL
+    body: Pickled
+    name: str
+    is_builtin: bool
+    is_async: bool
+
+    def to_message(self) -> Message:
+        return _message(self.type, (self.name, self.is_builtin, self.is_async), self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> ScriptCall:
+        name, is_builtin, is_async = _take(message, str, bool, bool)
+        return cls(_body(message), name, is_builtin, is_async)
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """The result of a `PythonCall`, a `ScriptCall` or an `RRefFetch`, pickled."""
+
+    type: ClassVar[MessageType] = MessageType.PYTHON_RET
+    body: Pickled
+
+    def to_message(self) -> Message:
+        return _message(self.type, (), self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> Return:
+        _take(message)
+        return cls(_body(message))
+
+
+@dataclass(frozen=True, slots=True)
+class PythonRemoteCall:
+    """Run a pickled function and keep its result as the OwnerRRef ``rref_id``; ``fork_id`` is the caller's share."""
+
+    type: ClassVar[MessageType] = MessageType.PYTHON_REMOTE_CALL
+    body: Pickled
+    is_async: bool
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return _message(self.type, (self.is_async, *self.rref_id, *self.fork_id), self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> PythonRemoteCall:
+        is_async, a, b, c, d = _take(message, bool, int, int, int, int)
+        return cls(_body(message), is_async, RRefId(a, b), ForkId(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptRemoteCall:
+    """`ScriptCall` whose result is kept as the OwnerRRef ``rref_id``."""
+
+    type: ClassVar[MessageType] = MessageType.SCRIPT_REMOTE_CALL
+    body: Pickled
+    name: str
+    is_builtin: bool
+    is_async: bool
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        fields = (self.name, self.is_builtin, self.is_async, *self.rref_id, *self.fork_id)
+        return _message(self.type, fields, self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> ScriptRemoteCall:
+        name, is_builtin, is_async, a, b, c, d = _take(message, str, bool, bool, int, int, int, int)
+        return cls(_body(message), name, is_builtin, is_async, RRefId(a, b), ForkId(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteReturn:
+    """The owner has taken note of the RRef and its creator's fork (the function may still run)."""
+
+    type: ClassVar[MessageType] = MessageType.REMOTE_RET
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, *self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RemoteReturn:
+        a, b, c, d = _take(message, int, int, int, int)
+        return cls(RRefId(a, b), ForkId(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefFetch:
+    """Ask the owner for the value of ``rref_id``; answered once the value exists."""
+
+    type: ClassVar[MessageType] = MessageType.PYTHON_RREF_FETCH_CALL
+    rref_id: RRefId
+
+    def to_message(self) -> Message:
+        return Message(self.type, tuple(self.rref_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefFetch:
+        a, b = _take(message, int, int)
+        return cls(RRefId(a, b))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefUserDelete:
+    """A user's share has died (G1)."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_USER_DELETE
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, *self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefUserDelete:
+        a, b, c, d = _take(message, int, int, int, int)
+        return cls(RRefId(a, b), ForkId(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefForkRequest:
+    """A new user tells the owner of itself."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_FORK_REQUEST
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, *self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefForkRequest:
+        a, b, c, d = _take(message, int, int, int, int)
+        return cls(RRefId(a, b), ForkId(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefChildAccept:
+    """A child tells its parent that the owner knows it (G2)."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_CHILD_ACCEPT
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, tuple(self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefChildAccept:
+        a, b = _take(message, int, int)
+        return cls(ForkId(a, b))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardAutograd:
+    """Another message whose tensors belong to a distributed autograd context."""
+
+    type: ClassVar[MessageType] = MessageType.FORWARD_AUTOGRAD_REQ
+    metadata: AutogradMetadata
+    inner: Message
+
+    def to_message(self) -> Message:
+        inner = self.inner
+        fields = (*self.metadata, int(inner.type), inner.fields)
+        kind = MessageType.FORWARD_AUTOGRAD_REQ if inner.type.is_request else MessageType.FORWARD_AUTOGRAD_RESP
+        return Message(kind, fields, inner.payload, inner.buffers, inner.tensors)
+
+    @classmethod
+    def from_message(cls, message: Message) -> ForwardAutograd:
+        context_id, message_id, inner_type, inner_fields = _take(message, int, int, int, tuple)
+        inner = Message(_known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
+        return cls(AutogradMetadata(context_id, message_id), inner)
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardAutograd:
+    """Gradients (``tensors``, one for each tensor of the forward message that required grad) for the send function
+    ``metadata.message_id``. ``pass_id`` tells one backward pass of a context from the next."""
+
+    type: ClassVar[MessageType] = MessageType.BACKWARD_AUTOGRAD_REQ
+    metadata: AutogradMetadata
+    pass_id: int
+    retain_graph: bool
+    gradients: Sequence[Any]
+
+    def to_message(self) -> Message:
+        fields = (*self.metadata, self.pass_id, self.retain_graph)
+        return Message(self.type, fields, tensors=self.gradients)
+
+    @classmethod
+    def from_message(cls, message: Message) -> BackwardAutograd:
+        context_id, message_id, pass_id, retain_graph = _take(message, int, int, int, bool)
+        return cls(AutogradMetadata(context_id, message_id), pass_id, retain_graph, message.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class AbortBackward:
+    """The backward pass ``pass_id`` of a context has failed elsewhere for ``reason``: end it here too, and pass it on."""
+
+    type: ClassVar[MessageType] = MessageType.ABORT_BACKWARD_REQ
+    context_id: int
+    pass_id: int
+    reason: str
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.context_id, self.pass_id, self.reason))
+
+    @classmethod
+    def from_message(cls, message: Message) -> AbortBackward:
+        return cls(*_take(message, int, int, str))
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupContext:
+    """The context has been released: erase it, and pass it on."""
+
+    type: ClassVar[MessageType] = MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ
+    context_id: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.context_id,))
+
+    @classmethod
+    def from_message(cls, message: Message) -> CleanupContext:
+        return cls(*_take(message, int))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefBackward:
+    """Start a backward pass on the owner from the value of ``rref_id``."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_BACKWARD_REQ
+    rref_id: RRefId
+    context_id: int
+    retain_graph: bool
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, self.context_id, self.retain_graph))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefBackward:
+        a, b, context_id, retain_graph = _take(message, int, int, int, bool)
+        return cls(RRefId(a, b), context_id, retain_graph)
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The plain answer to a request that has no result; ``type`` is the response type that belongs to the request."""
+
+    type: MessageType = MessageType.RREF_ACK
+
+    def to_message(self) -> Message:
+        return Message(self.type)
+
+    @classmethod
+    def from_message(cls, message: Message) -> Ack:
+        _take(message)
+        return cls(message.type)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The request failed. ``code`` is an error class of `zmqagent.exceptions` (0: a user function raised). ``body`` then
+    pickles the exception's type; ``type_name`` names it for a reader who cannot unpickle it. ``text`` is the whole story."""
+
+    type: ClassVar[MessageType] = MessageType.EXCEPTION
+    code: int
+    type_name: str
+    text: str
+    body: Pickled = Pickled()
+
+    def to_message(self) -> Message:
+        return _message(self.type, (self.code, self.type_name, self.text), self.body)
+
+    @classmethod
+    def from_message(cls, message: Message) -> Failure:
+        code, type_name, text = _take(message, int, str, str)
+        return cls(code, type_name, text, _body(message))
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """The sender has reached the barrier ``tag`` and contributes ``value`` to the sum that all get back."""
+
+    type: ClassVar[MessageType] = MessageType.BARRIER_REQ
+    tag: str
+    value: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.tag, self.value))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Barrier:
+        return cls(*_take(message, str, int))
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierPassed:
+    """All workers have reached the barrier; ``total`` is the sum of what they contributed."""
+
+    type: ClassVar[MessageType] = MessageType.BARRIER_RESP
+    total: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.total,))
+
+    @classmethod
+    def from_message(cls, message: Message) -> BarrierPassed:
+        return cls(*_take(message, int))
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The sender shuts down now and will answer nothing more; no answer is expected."""
+
+    type: ClassVar[MessageType] = MessageType.GOODBYE
+    reason: str
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.reason,))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Goodbye:
+        return cls(*_take(message, str))
+
+
+Command = (
+    PythonCall
+    | ScriptCall
+    | Return
+    | PythonRemoteCall
+    | ScriptRemoteCall
+    | RemoteReturn
+    | RRefFetch
+    | RRefUserDelete
+    | RRefForkRequest
+    | RRefChildAccept
+    | ForwardAutograd
+    | BackwardAutograd
+    | AbortBackward
+    | CleanupContext
+    | RRefBackward
+    | Ack
+    | Failure
+    | Barrier
+    | BarrierPassed
+    | Goodbye
+)
+
+_PARSERS: dict[MessageType, Callable[[Message], Command]] = {
+    MessageType.PYTHON_CALL: PythonCall.from_message,
+    MessageType.PYTHON_RET: Return.from_message,
+    MessageType.SCRIPT_CALL: ScriptCall.from_message,
+    MessageType.PYTHON_REMOTE_CALL: PythonRemoteCall.from_message,
+    MessageType.SCRIPT_REMOTE_CALL: ScriptRemoteCall.from_message,
+    MessageType.REMOTE_RET: RemoteReturn.from_message,
+    MessageType.PYTHON_RREF_FETCH_CALL: RRefFetch.from_message,
+    MessageType.RREF_USER_DELETE: RRefUserDelete.from_message,
+    MessageType.RREF_FORK_REQUEST: RRefForkRequest.from_message,
+    MessageType.RREF_CHILD_ACCEPT: RRefChildAccept.from_message,
+    MessageType.RREF_ACK: Ack.from_message,
+    MessageType.FORWARD_AUTOGRAD_REQ: ForwardAutograd.from_message,
+    MessageType.FORWARD_AUTOGRAD_RESP: ForwardAutograd.from_message,
+    MessageType.BACKWARD_AUTOGRAD_REQ: BackwardAutograd.from_message,
+    MessageType.BACKWARD_AUTOGRAD_RESP: Ack.from_message,
+    MessageType.ABORT_BACKWARD_REQ: AbortBackward.from_message,
+    MessageType.ABORT_BACKWARD_RESP: Ack.from_message,
+    MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ: CleanupContext.from_message,
+    MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP: Ack.from_message,
+    MessageType.RREF_BACKWARD_REQ: RRefBackward.from_message,
+    MessageType.RREF_BACKWARD_RESP: Ack.from_message,
+    MessageType.EXCEPTION: Failure.from_message,
+    MessageType.BARRIER_REQ: Barrier.from_message,
+    MessageType.BARRIER_RESP: BarrierPassed.from_message,
+    MessageType.GOODBYE: Goodbye.from_message,
+}
+
+
+def _known_type(number: int) -> MessageType:
+    try:
+        return MessageType(number)
+    except ValueError:
+        raise ProtocolError(f"message type {number:#x} is unknown to this version of zmqagent") from None
+
+
+def parse(message: Message) -> Command:
+    """The command that ``message`` carries.
+
+    Raises:
+        ProtocolError: the type has no command, or the fields do not fit it.
+    """
+    parser = _PARSERS.get(message.type)
+    if parser is None:
+        raise ProtocolError(f"no command is defined for messages of type {message.type.name}")
+    return parser(message)
