@@ -1,0 +1,111 @@
+"""What torch's suites need to know of a backend, and what happens in each rank of a test.
+
+torch starts a fresh interpreter for every rank, which imports torch for seconds. Here a rank is forked from a process that has
+imported everything, started no thread and run nothing: the same state, a hundred times sooner.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import wraps
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed.rpc as rpc
+import torch.multiprocessing
+from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture
+from torch.testing._internal.distributed.rpc.tensorpipe_rpc_agent_test_fixture import TensorPipeRpcAgentTestFixture
+
+__all__ = ["BACKENDS", "ForkedRanks", "fixture_for", "redirect_output"]
+
+
+class ForkedRanks:
+    """Makes the ranks of a test by fork, gives each a log of its own, and notes which agents it starts."""
+
+    directory: ClassVar[Path] = Path()
+    """Where the ranks of the running test leave ``rank<N>.log`` and ``rank<N>.agents``."""
+
+    def _spawn_processes(self) -> None:
+        self._start_processes(torch.multiprocessing.get_context("fork").Process)  # type: ignore[attr-defined]
+
+    @classmethod
+    def _run(cls, rank: int, test_name: str, file_name: str, parent_pipe: Any, **kwargs: Any) -> None:
+        redirect_output(cls.directory / f"rank{rank}.log")
+        _note_agents(cls.directory / f"rank{rank}.agents")
+        super()._run(rank, test_name, file_name, parent_pipe, **kwargs)  # type: ignore[misc]
+
+    def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
+        super()._check_return_codes(fn, elapsed_time)  # type: ignore[misc]
+        # torch looks at the first rank only.
+        crashed = {i: p.exitcode for i, p in enumerate(self.processes) if (p.exitcode or 0) < 0}  # type: ignore[attr-defined]
+        if crashed:
+            raise RuntimeError("; ".join(f"Process {i} was killed by signal {-code}" for i, code in crashed.items()))
+
+
+class TensorPipeFixture(ForkedRanks, TensorPipeRpcAgentTestFixture):
+    """torch's own agent, for comparison."""
+
+
+class ZmqFixture(ForkedRanks, RpcAgentTestFixture):
+    """The agent of this package."""
+
+    transport: ClassVar[str | None] = None
+
+    @property
+    def rpc_backend(self) -> Any:
+        return rpc.backend_registry.BackendType["ZMQ"]
+
+    @property
+    def rpc_backend_options(self) -> Any:
+        import zmqagent
+
+        chosen = {} if self.transport is None else {"transport": self.transport}
+        return zmqagent.ZmqRpcBackendOptions(init_method=self.init_method, **chosen)
+
+    def get_shutdown_error_regex(self) -> str:
+        return ".*"
+
+    def get_timeout_error_regex(self) -> str:
+        return "RPC ran for more than"
+
+
+BACKENDS = ("ZMQ", "TENSORPIPE")
+
+
+def fixture_for(backend: str, *, faulty: bool = False) -> type[RpcAgentTestFixture]:
+    """The fixture of a backend, or of its variant that injects faults."""
+    if backend == "ZMQ" and not faulty:
+        return ZmqFixture
+    if backend == "TENSORPIPE" and not faulty:
+        return TensorPipeFixture
+    if backend == "TENSORPIPE":
+        # Imported late: it registers a backend, which remakes the enum of all backends.
+        from torch.testing._internal.distributed.rpc.faulty_rpc_agent_test_fixture import FaultyRpcAgentTestFixture
+
+        return type("FaultyTensorPipeFixture", (ForkedRanks, FaultyRpcAgentTestFixture), {})
+    raise ValueError(f"no fixture for backend {backend!r} with faulty={faulty}")
+
+
+def redirect_output(path: Path) -> None:
+    """Send everything this process writes to stdout and stderr, from C++ too, to ``path``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _note_agents(path: Path) -> None:
+    """From now on, write the full class name of each agent that this process starts into ``path``, one a line."""
+    init_rpc = rpc.init_rpc
+
+    @wraps(init_rpc)
+    def noting_init_rpc(*args: Any, **kwargs: Any) -> None:
+        init_rpc(*args, **kwargs)
+        agent = type(rpc.api._get_current_rpc_agent())
+        with path.open("a") as notes:
+            notes.write(f"{agent.__module__}.{agent.__qualname__}\n")
+
+    rpc.init_rpc = noting_init_rpc
