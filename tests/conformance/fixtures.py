@@ -104,6 +104,8 @@ def _note_agents(path: Path) -> None:
     @wraps(init_rpc)
     def noting_init_rpc(*args: Any, **kwargs: Any) -> None:
         init_rpc(*args, **kwargs)
+        if not rpc.api._is_current_rpc_agent_set():
+            return  # A backend that a test registered, without an agent.
         agent = type(rpc.api._get_current_rpc_agent())
         with path.open("a") as notes:
             notes.write(f"{agent.__module__}.{agent.__qualname__}\n")
