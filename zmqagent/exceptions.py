@@ -34,6 +34,7 @@ same class. A user function's own exception arrives as its own type whenever tha
 
 from __future__ import annotations
 
+import pickle
 from typing import ClassVar
 
 __all__ = [
@@ -111,8 +112,8 @@ class RendezvousError(LocalError):
     code = 6
 
 
-class NotPicklableError(LocalError):
-    """The arguments or the result of a call cannot be pickled."""
+class NotPicklableError(LocalError, pickle.PicklingError, TypeError, AttributeError):
+    """The arguments or the result of a call cannot be pickled. (Python's pickle raises any of the three bases for it.)"""
 
     code = 7
 
@@ -175,7 +176,7 @@ class ProtocolError(RemoteError):
     code = 23
 
 
-class CalleeError(RemoteError):
+class CalleeError(RemoteError, AttributeError):
     """The callee could not run the call: it lacks the function, or cannot unpickle the arguments."""
 
     code = 24

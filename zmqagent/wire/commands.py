@@ -166,7 +166,7 @@ class ScriptRemoteCall:
 
 @dataclass(frozen=True, slots=True)
 class RemoteReturn:
-    """The owner has taken note of the RRef and its creator's fork (the function may still run)."""
+    """The function has ended and the owner holds its value, or its error, as the RRef."""
 
     type: ClassVar[MessageType] = MessageType.REMOTE_RET
     rref_id: RRefId

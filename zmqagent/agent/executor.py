@@ -1,0 +1,169 @@
+"""The threads of a worker: they take turns at receiving, and run what they received.
+
+At every moment one thread that runs no user code receives (or is about to). The thread that receives a task runs it itself,
+which saves a hand-over, as soon as another idle thread can take over the receiving; if there is none, the task waits in the
+backlog for a thread to come free. User code may block for long, so a backlog that nobody takes from for `PATIENCE` seconds gets
+a thread of its own, however many there are: otherwise calls nested deeper than the pool is large would deadlock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from zmqagent.exceptions import ShutdownError
+
+__all__ = ["PATIENCE", "Executor", "Task"]
+
+PATIENCE = 0.005
+"""Seconds a task waits for a busy thread to come free before a thread beyond the configured number is started: long enough that
+short functions never cost a thread, short enough that a nested call is not felt."""
+
+Task = Callable[[], None]
+
+_logger = logging.getLogger(__name__)
+
+
+class Executor:
+    """Runs ``receive`` on one thread at a time and the tasks it returns on up to ``size`` threads.
+
+    Args:
+        receive: called as ``receive(timeout)``, on one thread at a time; waits up to ``timeout`` seconds (None: as long as it likes,
+            it decides itself when to look up) and returns a task to run, or None. It must return soon after ``wake``.
+        wake: makes ``receive`` return; called from any thread.
+        size: how many tasks run at once before patience is asked for.
+        name: prefix of the threads' names.
+    """
+
+    def __init__(self, receive: Callable[[float | None], Task | None], wake: Callable[[], None], size: int, name: str) -> None:
+        self._receive = receive
+        self._wake = wake
+        self._size = size
+        self._name = name
+        # Protects all fields below. Held for a few instructions only, never while receiving or running a task.
+        self._lock = threading.Lock()
+        # Held by the thread that receives. Idle threads wait for it; it ends with the executor (see close).
+        self._turn = threading.Lock()
+        self._backlog: deque[Task] = deque()
+        self._waiting_since = 0.0  # when the backlog last got shorter, or began
+        self._threads: set[threading.Thread] = set()
+        self._started = 0
+        self._idle = 0  # threads that receive or wait for their turn to
+        self._closed = False
+
+    def start(self) -> None:
+        """Starts the first two threads: one receives while the other runs. More come when they are needed."""
+        for _ in range(2):
+            self._add_thread()
+
+    def submit(self, task: Task) -> None:
+        """Has ``task`` run on one of the threads. Any thread may call this.
+
+        Raises:
+            ShutdownError: the executor is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise ShutdownError(f"worker {self._name} has shut down and runs nothing more")
+            if not self._backlog:
+                self._waiting_since = time.monotonic()
+            self._backlog.append(task)
+        self._wake()
+
+    @property
+    def size(self) -> int:
+        """The configured number of threads."""
+        return self._size
+
+    def num_idle(self) -> int:
+        """How many of the configured threads run no task now (threads that were not needed yet count as idle)."""
+        with self._lock:
+            return max(0, self._size - (len(self._threads) - self._idle))
+
+    def close(self) -> list[Task]:
+        """Stops receiving, waits until every thread has ended its task, and returns the tasks that had not begun.
+
+        A thread of the executor that calls this ends after the task that called. User code that blocks for ever would block this
+        too; the threads are daemons, so they never hold up the interpreter's exit. Idempotent.
+        """
+        with self._lock:
+            self._closed = True
+            left = list(self._backlog)
+            self._backlog.clear()
+            threads = list(self._threads)
+        self._wake()
+        current = threading.current_thread()
+        for thread in threads:
+            if thread is not current:
+                thread.join()
+        return left
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._started += 1
+            self._waiting_since = time.monotonic()
+            # Serves until close, or until it is surplus. A daemon: a script that never calls shutdown() must still exit.
+            thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True)
+            self._threads.add(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        try:
+            while (task := self._next_task()) is not None:
+                self._run(task)
+                # The local name would keep the last call's arguments alive while this thread idles.
+                del task
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _run(self, task: Task) -> None:
+        try:
+            task()
+        except Exception:
+            # Tasks answer their own failures; what reaches this point is a defect, and the thread must survive it.
+            _logger.exception("a task of worker %s failed", self._name)
+
+    def _next_task(self) -> Task | None:
+        with self._lock:
+            if self._backlog:
+                return self._take()
+            surplus = len(self._threads) > self._size + 1 and self._idle >= 2
+            if self._closed or surplus:
+                return None
+            self._idle += 1
+        with self._turn:
+            return self._receive_task()
+
+    def _take(self) -> Task | None:
+        """The oldest task, with the lock held. Somebody came free, so whoever waits behind it is given new patience."""
+        self._waiting_since = time.monotonic()
+        return self._backlog.popleft() if self._backlog else None
+
+    def _receive_task(self) -> Task | None:
+        """Receives, with the turn held, until there is a task that this thread may run; None once closed."""
+        timeout: float | None = None
+        while True:
+            task = None if self._closed else self._receive(timeout)
+            with self._lock:
+                if task is not None and not self._closed:
+                    if not self._backlog:
+                        self._waiting_since = time.monotonic()
+                    self._backlog.append(task)
+                if self._closed or (self._backlog and self._idle > 1):
+                    self._idle -= 1
+                    return self._take()
+                timeout = self._patience_left()
+                grow = timeout is not None and (timeout <= 0 or len(self._threads) <= self._size)
+            if grow:
+                self._add_thread()
+                timeout = PATIENCE
+
+    def _patience_left(self) -> float | None:
+        """Seconds until the backlog deserves one more thread, with the lock held; None if nothing waits."""
+        return self._waiting_since + PATIENCE - time.monotonic() if self._backlog else None

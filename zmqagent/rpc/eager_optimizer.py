@@ -1,0 +1,40 @@
+"""`DistributedOptimizer` without TorchScript.
+
+For torch's functional optimizers `DistributedOptimizer` calls two functions by RPC: one compiles the local optimizer, the other is
+itself a TorchScript function that takes an RRef. TorchScript runs in C++ and cannot hold an RRef of this package, so the calls go to
+the functions below, which run the same optimizer classes eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed.rpc as rpc
+
+__all__ = ["EAGER_FORMS"]
+
+
+def _new_local_optimizer(optim_cls: type, local_params_rref: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Makes the optimizer of this worker's parameters, and an RRef to it."""
+    # Imported here, since it takes most of a second and few programs need it.
+    from torch.distributed.optim.optimizer import _ScriptLocalOptimizer
+
+    return rpc.RRef(_ScriptLocalOptimizer(optim_cls, local_params_rref, *args, **kwargs))
+
+
+def _local_optimizer_step(local_optim_rref: Any, autograd_ctx_id: int) -> None:
+    """Applies the context's gradients. Steps are serialized on each worker, as the documentation of `DistributedOptimizer` says."""
+    from torch.distributed.optim.optimizer import _LocalOptimizer
+
+    with _LocalOptimizer.global_lock:
+        local_optim_rref.local_value().step(autograd_ctx_id)
+
+
+_MODULE = "torch.distributed.optim.optimizer"
+
+EAGER_FORMS: dict[str, Callable[..., Any]] = {
+    f"{_MODULE}._new_script_local_optimizer": _new_local_optimizer,
+    f"__torch__.{_MODULE}._script_local_optimizer_step": _local_optimizer_step,
+}
+"""What is called instead, by the qualified name of torch's function."""

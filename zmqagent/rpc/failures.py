@@ -1,0 +1,107 @@
+"""A user function's exception, from the callee to the caller; and how a future raises it there.
+
+On the callee, an exception becomes a `Failure` that carries its type (pickled, if that is possible), its name and the whole text.
+On the caller it becomes the same type again with torch's text, "On {worker}:\\n{repr}\\n{traceback}". What cannot be rebuilt (the
+type is unknown here, or wants other arguments) arrives as a `RemoteUserError` with that text.
+
+A future holds a `Failed` and builds the exception at each ``wait``: one exception object raised in several threads would collect
+the tracebacks of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.futures import Future
+
+from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError, RpcError
+from zmqagent.rpc import pickler
+from zmqagent.wire.commands import Failure, Pickled
+
+__all__ = ["Failed", "describe_error", "describe_exception", "new_future", "rebuild"]
+
+_logger = logging.getLogger(__name__)
+
+
+def describe_exception(error: BaseException, worker: str) -> Failure:
+    """The `Failure` for an exception that a user function raised on ``worker`` (the text of its WorkerInfo).
+
+    Logs the text as an error, so that it can be read on the worker where it happened, as with torch.
+    """
+    text = f"On {worker}:\n{error!r}\n{''.join(traceback.format_exception(type(error), error, error.__traceback__))}"
+    _logger.error("%s", text)
+    kind = type(error)
+    return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
+
+
+def describe_error(error: RpcError, worker: str) -> Failure:
+    """The `Failure` for an error of this package: it arrives as the same class."""
+    return Failure(error.code, type(error).__qualname__, f"On {worker}: {error}")
+
+
+def _pickled_type(error: BaseException) -> Pickled:
+    # SystemExit and KeyboardInterrupt are addressed to this process: rebuilt at the caller they would end that one.
+    if not isinstance(error, Exception):
+        return Pickled()
+    try:
+        return pickler.dumps(type(error))
+    except NotPicklableError:
+        return Pickled()
+
+
+def rebuild(failure: Failure) -> Exception:
+    """The exception that ``failure`` describes, as it is raised at the caller."""
+    text = failure.text
+    if not failure.body.payload:
+        return RemoteUserError(f"a {failure.type_name} was raised, which cannot be sent. {text}")
+    try:
+        kind = pickler.loads(failure.body)
+    except CalleeError:
+        return RemoteUserError(f"a {failure.type_name} was raised, a type that this process does not know. {text}")
+    try:
+        error = kind(text)
+    except Exception as why:
+        # A constructor that wants other arguments may raise anything.
+        return RemoteUserError(
+            f"Failed to create original exception type. Error msg was {why}. Original exception on remote side was {text}"
+        )
+    if isinstance(error, Exception):
+        return error
+    return RemoteUserError(f"a {failure.type_name} was raised. {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What a future holds in place of a value: how to make the exception that its ``wait`` raises."""
+
+    make: Callable[[], Exception]
+
+    @classmethod
+    def by(cls, cause: Failure | RpcError) -> Failed:
+        """For a user function's `Failure`, or an error of the agent."""
+        if isinstance(cause, Failure):
+            return cls(lambda: rebuild(cause))
+        return cls(lambda: _again(cause))
+
+
+def _again(error: RpcError) -> RpcError:
+    fresh = type(error)(*error.args)
+    fresh.__cause__ = error.__cause__
+    return fresh
+
+
+def _unwrap(value: Any) -> None:
+    """Runs at each ``wait`` and ``value`` of a future (torch's hook for it)."""
+    if isinstance(value, Failed):
+        raise value.make()
+
+
+def new_future() -> Future[Any]:
+    """A future whose ``set_result(Failed(...))`` makes ``wait`` raise."""
+    future: Future[Any] = Future()
+    future._set_unwrap_func(_unwrap)
+    return future

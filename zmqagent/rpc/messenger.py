@@ -1,0 +1,62 @@
+"""Messages with the caller's distributed autograd context attached, in both directions.
+
+When torch attaches autograd: never without a current context; always for a Python user function, a Python ``remote`` and
+``to_here``; for builtin operators and for all answers only if some tensor requires grad. The context of the caller is current again
+while the answer is handled, so that callbacks of a future may go on building the graph.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
+from zmqagent.autograd.container import DistAutogradContainer
+from zmqagent.autograd.context import DistAutogradContext
+from zmqagent.wire.commands import ForwardAutograd, parse
+from zmqagent.wire.types import Message, WorkerId
+
+__all__ = ["Messenger"]
+
+
+class Messenger:
+    """Sends requests, and wraps and unwraps what belongs to an autograd context."""
+
+    def __init__(self, requester: Requester, contexts: DistAutogradContainer) -> None:
+        self._requester = requester
+        self._contexts = contexts
+
+    def send(
+        self, to: WorkerId, message: Message, on_reply: OnReply, *, timeout: float = UNSET_TIMEOUT, attach_always: bool
+    ) -> None:
+        """Sends ``message`` as `Requester.request` does, in the calling thread's context if there is one."""
+        context = self._contexts.current_context_or_none()
+        if context is None:
+            self._requester.request(to, message, on_reply, timeout=timeout)
+            return
+        if attach_always or _any_requires_grad(message):
+            message = _wrap(context, to, message)
+        self._requester.request(to, message, partial(self._resume, context, to, on_reply), timeout=timeout)
+
+    def _resume(self, context: DistAutogradContext, source: WorkerId, on_reply: OnReply, reply: Reply) -> None:
+        with self._contexts.activate(context):
+            if isinstance(reply, ForwardAutograd):
+                reply = parse(self.unwrap(context, source, reply))
+            on_reply(reply)
+
+    def unwrap(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:
+        """The inner message, its tensors joined to ``context`` by a recv function."""
+        inner = wrapped.inner
+        tensors = context.attach_incoming(wrapped.metadata, source, inner.tensors)
+        return Message(inner.type, inner.fields, inner.payload, inner.buffers, tensors)
+
+    def wrap_answer(self, context: DistAutogradContext, to: WorkerId, answer: Message) -> Message:
+        """``answer``, wrapped if the gradients of its tensors will have to come back here."""
+        return _wrap(context, to, answer) if _any_requires_grad(answer) else answer
+
+
+def _wrap(context: DistAutogradContext, to: WorkerId, message: Message) -> Message:
+    return ForwardAutograd(context.attach_outgoing(to, message.tensors), message).to_message()
+
+
+def _any_requires_grad(message: Message) -> bool:
+    return any(tensor.requires_grad for tensor in message.tensors)

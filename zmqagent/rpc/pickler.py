@@ -1,0 +1,106 @@
+"""Objects to and from (pickle, out-of-band buffers, tensors).
+
+Tensors never enter the pickle: it refers to them by their index in a table, as torch's own RPC pickler does, and through torch's
+own thread-local tables, so that reducers and picklers that users wrote for torch's work here unchanged. Buffers of numpy arrays and
+the like leave the pickle too (protocol 5). RRefs pickle themselves (see ``rref/rref.py``).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.rpc import internal as torch_internal
+
+from zmqagent.agent.tensors import freeze_buffers, writable
+from zmqagent.exceptions import CalleeError, NotPicklableError, RpcError
+from zmqagent.wire.commands import Pickled
+
+__all__ = ["dumps", "loads"]
+
+_torch_pickler = torch_internal._internal_rpc_pickler
+_tables: threading.local = torch_internal._thread_local_tensor_tables
+
+
+def dumps(obj: object) -> Pickled:
+    """Pickles ``obj``, with its tensors and large buffers beside the pickle.
+
+    The tensors are the caller's own (they are frozen when the message is packed), the buffers are copies already.
+
+    Raises:
+        NotPicklableError: pickle refuses the object, or something in it.
+        RpcError: what a reducer of this package raises, unchanged.
+    """
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
+    pickler.dispatch_table = _dispatch_table(obj)
+    with _table("send_tables", []) as tensors:
+        try:
+            pickler.dump(obj)
+        except RpcError:
+            raise
+        except Exception as error:
+            # Reducers are user code: whatever they raise means that this object cannot be sent.
+            raise NotPicklableError(f"cannot pickle {_describe(obj)} to send it: {type(error).__name__}: {error}") from error
+    return Pickled(file.getvalue(), freeze_buffers(buffers), tensors)
+
+
+def loads(body: Pickled) -> Any:
+    """Rebuilds what `dumps` took apart.
+
+    Raises:
+        CalleeError: the pickle names something that this process lacks, or its code fails here.
+        RpcError: what a reducer of this package raises, unchanged.
+    """
+    with _table("recv_tables", body.tensors):
+        try:
+            return pickle.loads(body.payload, buffers=[writable(buffer) for buffer in body.buffers])
+        except RpcError:
+            raise
+        except AttributeError as error:
+            raise CalleeError(
+                f"{error}. Default RPC pickler does not serialize function code. Ensure that UDFs are defined on both caller and "
+                "callee modules."
+            ) from error
+        except Exception as error:
+            raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
+
+
+def _dispatch_table(obj: object) -> dict[type, Any]:
+    """torch's table, with what users registered there; ScriptModules save themselves when they are the object sent."""
+    table: dict[type, Any] = _torch_pickler._dispatch_table
+    registered = _torch_pickler._class_reducer_dict
+    if registered and not registered.keys() <= table.keys():
+        table.update(registered)
+    if isinstance(obj, torch.jit.ScriptModule) and type(obj) not in table:
+        table[type(obj)] = _torch_pickler._script_module_reducer
+    return table
+
+
+@contextmanager
+def _table(name: str, tensors: Any) -> Iterator[Any]:
+    """Makes ``tensors`` the thread's current table ``name``; pickling may nest, so the former one comes back."""
+    missing = object()
+    former = getattr(_tables, name, missing)
+    setattr(_tables, name, tensors)
+    try:
+        yield tensors
+    finally:
+        if former is missing:
+            delattr(_tables, name)
+        else:
+            setattr(_tables, name, former)
+
+
+def _describe(obj: object) -> str:
+    """What is being sent, for an error's text: the function of a call, else the type of a result."""
+    if isinstance(obj, torch_internal.PythonUDF):
+        function = getattr(obj.func, "__qualname__", None) or repr(obj.func)
+        return f"the call of {function} and its arguments"
+    return f"an object of type {type(obj).__qualname__}"

@@ -1,0 +1,254 @@
+"""What a worker does with each request: message type to handler. The only place where RRefs and autograd meet.
+
+Handlers run on a thread of the agent, from a clean thread-local state, in the autograd context that the request brought. They answer
+through ``respond``, now or later; what they raise, the agent answers as a `Failure`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.distributed.rpc import PythonUDF  # type: ignore[attr-defined]
+
+from zmqagent.agent.base import Requester, Respond
+from zmqagent.autograd.container import DistAutogradContainer
+from zmqagent.autograd.context import DistAutogradContext
+from zmqagent.autograd.engine import DistEngine
+from zmqagent.exceptions import CalleeError, RpcError
+from zmqagent.rpc import failures, pickler
+from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function
+from zmqagent.rref.context import RRefContext
+from zmqagent.wire.commands import (
+    AbortBackward,
+    Ack,
+    BackwardAutograd,
+    CleanupContext,
+    Command,
+    Failure,
+    ForwardAutograd,
+    Pickled,
+    PythonCall,
+    PythonRemoteCall,
+    RemoteReturn,
+    Return,
+    RRefBackward,
+    RRefChildAccept,
+    RRefFetch,
+    RRefForkRequest,
+    RRefUserDelete,
+    ScriptCall,
+    ScriptRemoteCall,
+    parse,
+)
+from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
+
+__all__ = ["RpcRequestCallback"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One request while it is served: who asked, how to answer, and the autograd context that came with it."""
+
+    source: WorkerId
+    respond: Respond
+    context: DistAutogradContext | None
+
+
+class RpcRequestCallback:
+    """Serves the requests of all peers. See `zmqagent.agent.base.RequestCallback` for the contract."""
+
+    def __init__(
+        self,
+        requester: Requester,
+        messenger: Messenger,
+        contexts: DistAutogradContainer,
+        engine: DistEngine,
+        rrefs: RRefContext,
+    ) -> None:
+        self._requester = requester
+        self._messenger = messenger
+        self._contexts = contexts
+        self._engine = engine
+        self._rrefs = rrefs
+        self._handlers: dict[type[Command], Callable[[_Request, Any], None]] = {
+            PythonCall: self._python_call,
+            ScriptCall: self._script_call,
+            PythonRemoteCall: self._python_remote_call,
+            ScriptRemoteCall: self._script_remote_call,
+            RRefFetch: self._rref_fetch,
+            RRefUserDelete: self._rref_user_delete,
+            RRefForkRequest: self._rref_fork_request,
+            RRefChildAccept: self._rref_child_accept,
+            RRefBackward: self._rref_backward,
+            BackwardAutograd: self._backward_autograd,
+            AbortBackward: self._abort_backward,
+            CleanupContext: self._cleanup_context,
+        }
+
+    def __call__(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        command = parse(message)
+        context = None
+        if isinstance(command, ForwardAutograd):
+            context = self._contexts.get_or_create_context(command.metadata.context_id)
+            command = parse(self._messenger.unwrap(context, source, command))
+        handler = self._handlers.get(type(command))
+        if handler is None:
+            raise CalleeError(f"a {type(command).__name__} is no request that this worker serves")
+        with self._contexts.activate(context), clean_state():
+            handler(_Request(source, respond, context), command)
+
+    # Calls. The function, or what it names, is loaded first; it runs when the owners know of the RRefs among its arguments.
+
+    def _python_call(self, request: _Request, call: PythonCall) -> None:
+        self._run(request, self._load_function, call.body, call.is_async, partial(self._answer, request))
+
+    def _script_call(self, request: _Request, call: ScriptCall) -> None:
+        load = partial(self._load_script, call.name, call.is_builtin)
+        self._run(request, load, call.body, call.is_async, partial(self._answer, request))
+
+    def _python_remote_call(self, request: _Request, call: PythonRemoteCall) -> None:
+        keep = partial(self._keep, request, call.rref_id, call.fork_id)
+        self._run_remote(request, self._load_function, call, keep)
+
+    def _script_remote_call(self, request: _Request, call: ScriptRemoteCall) -> None:
+        keep = partial(self._keep, request, call.rref_id, call.fork_id)
+        self._run_remote(request, partial(self._load_script, call.name, call.is_builtin), call, keep)
+
+    def _run_remote(
+        self,
+        request: _Request,
+        load: Callable[[Pickled], Callable[[], Any]],
+        call: PythonRemoteCall | ScriptRemoteCall,
+        keep: Callable[[Any, BaseException | None], None],
+    ) -> None:
+        # The owner exists from now on, so that fetches which overtake the function find something to wait for.
+        self._rrefs.create_owner(call.rref_id, call.fork_id)
+        try:
+            self._run(request, load, call.body, call.is_async, keep)
+        except RpcError as error:
+            keep(None, error)
+
+    def _run(
+        self,
+        request: _Request,
+        load: Callable[[Pickled], Callable[[], Any]],
+        body: Pickled,
+        is_async: bool,
+        done: Callable[[Any, BaseException | None], None],
+    ) -> None:
+        with self._rrefs.unpickling() as pending:
+            function = load(body)
+        self._rrefs.when_confirmed(pending, partial(self._start, request, function, is_async, done))
+
+    def _start(
+        self,
+        request: _Request,
+        function: Callable[[], Any],
+        is_async: bool,
+        done: Callable[[Any, BaseException | None], None],
+        error: RpcError | None,
+    ) -> None:
+        with self._contexts.activate(request.context), clean_state():
+            if error is not None:
+                done(None, error)
+            else:
+                on_result(function, is_async, done)
+
+    def _load_function(self, body: Pickled) -> Callable[[], Any]:
+        udf = pickler.loads(body)
+        if not isinstance(udf, PythonUDF):
+            raise CalleeError(f"a call carries a function and its arguments, but a {type(udf).__qualname__} arrived")
+        return partial(udf.func, *udf.args, **udf.kwargs)
+
+    def _load_script(self, name: str, is_builtin: bool, body: Pickled) -> Callable[[], Any]:
+        function = resolve_script_function(name, is_builtin)
+        args, kwargs = pickler.loads(body)
+        return partial(function, *args, **kwargs)
+
+    def _describe(self, error: BaseException) -> Failure:
+        return failures.describe_exception(error, self._me())
+
+    def _me(self) -> str:
+        me = self._requester.worker_id
+        return f"WorkerInfo(id={me}, name={self._requester.worker_name(me)})"
+
+    def _answer(self, request: _Request, value: Any, error: BaseException | None) -> None:
+        """Sends a function's value, or its exception, back; runs on whichever thread completed it."""
+        with self._contexts.activate(request.context):
+            if error is not None:
+                request.respond(self._describe(error).to_message())
+            else:
+                self._respond_with(request, value)
+
+    def _respond_with(self, request: _Request, value: Any) -> None:
+        with self._rrefs.pickling() as forks:
+            try:
+                answer = Return(pickler.dumps(value)).to_message()
+            except RpcError as refused:
+                forks.cancel()
+                request.respond(failures.describe_error(refused, self._me()).to_message())
+                return
+            if request.context is not None:
+                answer = self._messenger.wrap_answer(request.context, request.source, answer)
+            request.respond(answer)
+
+    # RRefs.
+
+    def _keep(
+        self, request: _Request, rref_id: RRefId, fork_id: ForkId, value: Any, error: BaseException | None
+    ) -> None:
+        """Makes a remote call's value, or its exception, the owner's, and tells the creator that it is there."""
+        owner = self._rrefs.create_owner(rref_id, fork_id)
+        if error is None:
+            owner.set_value(value)
+        else:
+            owner.set_error(failures.rebuild(self._describe(error)))
+        request.respond(RemoteReturn(rref_id, fork_id).to_message())
+
+    def _rref_fetch(self, request: _Request, fetch: RRefFetch) -> None:
+        def ready(owner: Any, error: BaseException | None) -> None:
+            self._answer(request, None if error else owner.value(), error)
+
+        self._rrefs.when_owner_ready(fetch.rref_id, ready)
+
+    def _rref_user_delete(self, request: _Request, delete: RRefUserDelete) -> None:
+        self._rrefs.on_user_delete(delete.rref_id, delete.fork_id)
+        request.respond(Ack().to_message())
+
+    def _rref_fork_request(self, request: _Request, fork: RRefForkRequest) -> None:
+        self._rrefs.on_fork_request(fork.rref_id, fork.fork_id)
+        request.respond(Ack().to_message())
+
+    def _rref_child_accept(self, request: _Request, accept: RRefChildAccept) -> None:
+        self._rrefs.on_child_accept(accept.fork_id)
+        request.respond(Ack().to_message())
+
+    def _rref_backward(self, request: _Request, backward: RRefBackward) -> None:
+        def ready(owner: Any, error: BaseException | None) -> None:
+            with clean_state():
+                try:
+                    if error is not None:
+                        raise error
+                    self._engine.backward(backward.context_id, [owner.value()], backward.retain_graph)
+                except Exception as failed:
+                    request.respond(self._describe(failed).to_message())
+                else:
+                    request.respond(Ack(MessageType.RREF_BACKWARD_RESP).to_message())
+
+        self._rrefs.when_owner_ready(backward.rref_id, ready)
+
+    # Distributed autograd.
+
+    def _backward_autograd(self, request: _Request, gradients: BackwardAutograd) -> None:
+        self._engine.on_backward(request.source, gradients, request.respond)
+
+    def _abort_backward(self, request: _Request, abort: AbortBackward) -> None:
+        self._engine.on_abort(abort, request.respond)
+
+    def _cleanup_context(self, request: _Request, cleanup: CleanupContext) -> None:
+        self._contexts.on_cleanup(cleanup.context_id)
+        request.respond(Ack(MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP).to_message())
