@@ -73,7 +73,7 @@ def main() -> int:
         importlib.import_module("zmqagent")  # Once, so that no rank has to.
         ZmqFixture.transport = arguments.transport
     excluded = NOT_APPLICABLE.get(arguments.backend, {})
-    report = Report(arguments.backend, KNOWN_FAILURES.get(arguments.backend, {}))
+    report = Report(arguments.backend, KNOWN_FAILURES.get(arguments.backend, {}), len(tests))
     started = time.monotonic()
     for suite, test in tests:
         if reason := excluded.get(f"{suite}.{test}"):

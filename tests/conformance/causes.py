@@ -28,7 +28,7 @@ _CONSEQUENCES = re.compile(
 )
 """What a worker says when another one failed before it."""
 
-_PATHS = (("/zmqagent/", "zmqagent/"), ("/torch/", "torch/"))
+_PATHS = (("/zmqagent/", "zmqagent/"), ("/torch/", "torch/"), ("/tests/", "tests/"))
 _WIDTH = 220
 
 

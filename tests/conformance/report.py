@@ -13,21 +13,26 @@ from tests.conformance.process import Outcome
 
 __all__ = ["Report"]
 
+_SIGN_OF_LIFE = 50
+
 
 class Report:
     """Collects outcomes, prints what needs to be known as it comes, and judges the whole."""
 
-    def __init__(self, backend: str, known_failures: dict[str, str]) -> None:
+    def __init__(self, backend: str, known_failures: dict[str, str], total: int) -> None:
         self.outcomes: list[Outcome] = []
+        self._total = total
         self._backend = backend
         self._known = known_failures
 
     def add(self, outcome: Outcome) -> None:
-        """Take an outcome; a failure is printed at once."""
+        """Take an outcome; a failure is printed at once, and now and then how far the run has come."""
         self.outcomes.append(outcome)
         if outcome.verdict is Verdict.FAILED:
             label = "KNOWN" if outcome.name in self._known else "FAIL "
             print(f"{label} {outcome.name} ({outcome.seconds:.1f} s)  {outcome.cause}", flush=True)
+        if len(self.outcomes) % _SIGN_OF_LIFE == 0:
+            print(f"      {len(self.outcomes)} of {self._total} tests done", flush=True)
 
     @property
     def unknown_failures(self) -> list[Outcome]:
