@@ -13,7 +13,7 @@ from typing import Any
 
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["Event", "Frames", "PeerDown", "PeerRecord", "PeerUp", "Received", "Transport"]
+__all__ = ["Event", "Frames", "PeerDown", "PeerEvent", "PeerRecord", "PeerSuspected", "PeerUp", "Received", "Transport"]
 
 Frames = Sequence[Any]
 """The frames of one message: objects with the buffer protocol, in order."""
@@ -24,8 +24,9 @@ class PeerRecord:
     """What a worker publishes of itself, and all that others need to reach it.
 
     ``incarnation`` is a random 63-bit number drawn at start: a worker that comes back under its old name and id is another
-    peer. ``host`` names machine, boot and process-id namespace, so that two workers know whether they share a kernel; ``pid`` means
-    something to peers with an equal ``host`` only. ``addresses`` are the transport's own endpoints, best first.
+    peer. ``host`` names machine, boot and process-id namespace, so that two workers know whether they share a kernel; ``pid``
+    means something to peers with an equal ``host`` only. ``addresses`` are the transport's own endpoints, best first. ``started``
+    is when the process started, in the kernel's ticks (0: unknown): it tells the process from a later one with the same ``pid``.
     """
 
     name: str
@@ -34,21 +35,31 @@ class PeerRecord:
     host: str
     pid: int
     addresses: tuple[str, ...]
+    started: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A whole message came in. The frames belong to the receiver: their memory stays as it is for as long as they are referenced."""
+    """A whole message came in. The frames belong to the receiver: their memory stays as it is while they are referenced."""
 
     frames: Frames
 
 
 @dataclass(frozen=True, slots=True)
 class PeerUp:
-    """A connection to the peer stands (again)."""
+    """The peer lives and can be reached: reported once after `Transport.connect`, and again after each `PeerSuspected`."""
 
     worker_id: WorkerId
     incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSuspected:
+    """The peer cannot be reached just now, by ``reason``; `PeerUp` or `PeerDown` follows."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,8 @@ class PeerDown:
     reason: str
 
 
-Event = Received | PeerUp | PeerDown
+PeerEvent = PeerUp | PeerSuspected | PeerDown
+Event = Received | PeerEvent
 
 
 class Transport(ABC):
@@ -86,10 +98,14 @@ class Transport(ABC):
 
     @abstractmethod
     def send(self, to: WorkerId, frames: Frames) -> None:
-        """Sends one message, whole or not at all. The frames' memory must never change afterwards: the transport may hold on to it.
+        """Sends one message of at least one frame, whole or not at all. The frames' memory must never change afterwards: the
+        transport may hold on to it.
 
         Raises:
             UnknownWorkerError: ``to`` is not connected.
+            WorkerLostError: ``to`` was reported down, or a newer incarnation took its place meanwhile, or none of its addresses
+                can be reached from here.
+            InvalidTypeError: a frame is no contiguous buffer.
             ShutdownError: the transport is closed.
         """
 
