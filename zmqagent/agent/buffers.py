@@ -1,0 +1,97 @@
+"""Memory that goes out and memory that comes in: frozen copies, and received buffers that may be written to.
+
+Nothing here knows of messages or tensors' meaning. What is sent is copied once, at the call, so that whatever the user does to
+the original afterwards changes neither what is sent nor what is sent again. Large copies are torch's or numpy's, which release
+the GIL.
+
+Received frames are ZeroMQ's own memory. They are writable and stay alive with any view of them, but small ones lie at odd
+addresses within a larger block, which they would keep alive: those are copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from pickle import PickleBuffer
+
+import numpy as np
+import torch
+
+from zmqagent.exceptions import NotPicklableError
+
+__all__ = ["ALIGNMENT", "CPU", "SMALL", "freeze_buffers", "freeze_bytes", "freeze_elements", "receive_bytes", "writable"]
+
+SMALL = 4096
+"""Up to so many bytes a copy is cheaper than what it saves."""
+
+ALIGNMENT = 8
+"""What an address must be a multiple of if its use is unknown. Large ZeroMQ frames lie 8 bytes beyond multiples of 16."""
+
+
+CPU = torch.device("cpu")
+"""Where a default device set by the user must not reach."""
+
+# Dtypes that every device can copy, to move the bits of any other dtype of the same size.
+_RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int) -> bytes | memoryview:
+    """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it."""
+    if size <= SMALL and storage.device.type == "cpu":
+        return ctypes.string_at(storage.data_ptr() + begin, size)
+    return freeze_elements(storage, 1, (size,), (1,), begin)
+
+
+def freeze_elements(
+    storage: torch.UntypedStorage, itemsize: int, sizes: Sequence[int], strides: Sequence[int], offset: int
+) -> memoryview:
+    """A contiguous copy, in main memory, of the elements that a strided view of a storage on any device has."""
+    dtype = _RAW[itemsize]
+    view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, tuple(sizes), tuple(strides))
+    copy = torch.empty(tuple(sizes), dtype=dtype, device=CPU).copy_(view)
+    return copy.reshape(-1).view(torch.uint8).numpy().data
+
+
+def freeze_buffers(buffers: Iterable[PickleBuffer]) -> list[bytes | memoryview]:
+    """Flat copies of a pickle's out-of-band buffers (pickle protocol 5).
+
+    Raises:
+        NotPicklableError: a buffer's memory is in more than one piece.
+    """
+    return [_freeze(buffer) for buffer in buffers]
+
+
+def _freeze(buffer: PickleBuffer) -> bytes | memoryview:
+    try:
+        raw = buffer.raw()
+    except BufferError as error:
+        raise NotPicklableError(f"an out-of-band buffer of a pickle must lie in one piece: {error}") from error
+    if raw.nbytes <= SMALL:
+        return bytes(raw)
+    copy: memoryview = np.frombuffer(raw, dtype=np.uint8).copy().data
+    return copy
+
+
+def writable(buffer: memoryview | bytes) -> memoryview:
+    """The same bytes in memory that may be written to and is aligned to `ALIGNMENT`; copied only where it must be."""
+    view = memoryview(buffer)
+    if view.nbytes <= SMALL:
+        return memoryview(bytearray(view))
+    array = np.frombuffer(view, dtype=np.uint8)
+    if view.readonly or array.__array_interface__["data"][0] % ALIGNMENT:
+        view = array.copy().data
+    return view
+
+
+def receive_bytes(buffer: memoryview, alignment: int) -> torch.Tensor:
+    """The same bytes as a tensor: ``buffer``'s own memory if that is large, writable and aligned, else a copy in torch's own."""
+    if buffer.nbytes > SMALL and not buffer.readonly:
+        received = torch.frombuffer(buffer, dtype=torch.uint8)
+        if received.data_ptr() % max(alignment, ALIGNMENT) == 0:
+            return received
+    copy = torch.empty(buffer.nbytes, dtype=torch.uint8, device=CPU)
+    if buffer.nbytes <= SMALL:
+        ctypes.memmove(copy.data_ptr(), bytes(buffer), buffer.nbytes)
+    else:
+        np.copyto(copy.numpy(), np.frombuffer(buffer, dtype=np.uint8))
+    return copy

@@ -1,0 +1,62 @@
+"""Tensors to and from (descriptions, buffers).
+
+`pack` makes of each tensor a description (a tuple of plain values, which goes into the message's header) and puts its bytes,
+frozen, into buffers; `unpack` builds tensors from both. Sockets, messages and autograd contexts are unknown here.
+
+What is kept: the kind (strided, sparse, quantized, meta), dtype, sizes, strides of a tensor without gaps, the conjugate and
+negative bits, whether it requires grad (an arriving tensor is a leaf), and that tensors of one message share memory. What is
+not: the graph behind a tensor, its gradient and hooks, its dimensions' names, and the strides of a view with gaps, which
+travels as a contiguous copy if it is alone in its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zmqagent.agent.devices import cpu_only
+from zmqagent.agent.incoming import Incoming
+from zmqagent.agent.outgoing import Outgoing, settle
+from zmqagent.agent.tensor_kinds import Description
+from zmqagent.exceptions import ProtocolError
+
+__all__ = ["Description", "pack", "unpack"]
+
+
+def pack(
+    tensors: Sequence[torch.Tensor], target: Callable[[torch.device], torch.device] = cpu_only
+) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
+    """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
+
+    ``target`` names, for a tensor's device, the one it is to arrive on. Every byte is copied once, also from an accelerator.
+
+    Raises:
+        NotPicklableError: a tensor of a kind that cannot travel; the text names it.
+        DeviceMapError: raised by ``target``.
+    """
+    # Without the guard a subclass would see, and might change, every call made here.
+    with torch._C.DisableTorchFunctionSubclass():
+        outgoing = Outgoing(target)
+        descriptions = [outgoing.describe(tensor) for tensor in tensors]
+        buffers = outgoing.freeze()
+    return tuple([settle(description) for description in descriptions]), buffers
+
+
+def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview]) -> list[torch.Tensor]:
+    """The tensors that `pack` was given. They are leaves, writable, and keep alive what they need of ``buffers``.
+
+    A large buffer that is writable and aligned becomes the tensor's memory; anything else is copied into torch's own. Nothing is
+    taken before the sizes have been checked against the buffers.
+
+    Raises:
+        ProtocolError: a description that `pack` does not make, or that does not fit the buffers.
+    """
+    incoming = Incoming(buffers)
+    builders = [incoming.check(description) for description in descriptions]
+    try:
+        return [build() for build in builders]
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        # torch checks the rest: indices of sparse tensors, scales of quantized ones, devices this worker has not.
+        raise ProtocolError(f"a tensor cannot be built from what arrived: {error}") from error
