@@ -1,0 +1,128 @@
+"""What pickling and unpickling do to RRefs on the side: the shares that a message gives away, and those that it brings.
+
+Pickle calls reducers deep inside an object, where no argument of ours arrives. So each thread has a stack of open scopes, and a
+reducer finds the innermost one. Knows nothing of the protocol; a scope reports to whoever opened it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch.distributed.rpc import PyRRef  # type: ignore[attr-defined]  # torch lists its exports at run time
+
+from zmqagent.rref.events import MintedFork
+from zmqagent.wire.types import ForkId, RRefId, WorkerId
+
+__all__ = [
+    "ForkData",
+    "Forks",
+    "PendingUsers",
+    "current_forks",
+    "current_pending",
+    "receive_rref",
+    "unpack_fork",
+    "unpickling_scope",
+]
+
+ForkData = tuple[int, int, int, int, int, int, str]
+"""A share as it is pickled, in torch's order: owner, RRef id (2), fork id (2), parent, type."""
+
+
+def unpack_fork(data: ForkData) -> tuple[WorkerId, RRefId, ForkId, WorkerId]:
+    """``data`` as (owner, RRef id, fork id, parent)."""
+    owner, rref_on, rref_no, fork_on, fork_no, parent, _type = data
+    return WorkerId(owner), RRefId(rref_on, rref_no), ForkId(fork_on, fork_no), WorkerId(parent)
+
+
+class _Scopes(threading.local):
+    """The scopes open on this thread, innermost last: pickling an argument may itself make a call."""
+
+    def __init__(self) -> None:
+        self.pickling: list[Forks] = []
+        self.unpickling: list[PendingUsers] = []
+
+
+_scopes = _Scopes()
+
+
+class _Settler(Protocol):
+    def __call__(self, forks: tuple[MintedFork, ...], to: WorkerId | None) -> None: ...
+
+
+class Forks:
+    """The forks minted while one message was pickled. As a context manager it collects them; if the body raises, it cancels them.
+
+    Afterwards the message is sent or not: say so once, by `sent_to` or `cancel`. Forks that are never settled work, but do not
+    end with the death of the worker that got them.
+    """
+
+    def __init__(self, settle: _Settler) -> None:
+        self._settle = settle
+        self._minted: list[MintedFork] = []
+
+    def __enter__(self) -> Forks:
+        _scopes.pickling.append(self)
+        return self
+
+    def __exit__(self, exc_type: object, *_: object) -> None:
+        _scopes.pickling.pop()
+        if exc_type is not None:
+            self.cancel()
+
+    def __len__(self) -> int:
+        return len(self._minted)
+
+    def add(self, fork: MintedFork) -> None:
+        """Takes note of a fork that goes into the message."""
+        self._minted.append(fork)
+
+    def sent_to(self, to: WorkerId) -> None:
+        """The message was accepted for sending to ``to``. A second call changes nothing."""
+        self._settle_once(to)
+
+    def cancel(self) -> None:
+        """The message will never be sent. A second call, or one after `sent_to`, changes nothing."""
+        self._settle_once(None)
+
+    def _settle_once(self, to: WorkerId | None) -> None:
+        minted, self._minted = tuple(self._minted), []
+        if minted:
+            self._settle(minted, to)
+
+
+class PendingUsers:
+    """The users that one message brought: what a user function among whose arguments they are has to wait for."""
+
+    def __init__(self, unpickle: Callable[[ForkData], Any]) -> None:
+        self.unpickle = unpickle
+        self.fork_ids: list[ForkId] = []
+
+
+def current_forks() -> Forks | None:
+    """The innermost pickling scope of this thread."""
+    return _scopes.pickling[-1] if _scopes.pickling else None
+
+
+def current_pending() -> PendingUsers | None:
+    """The innermost unpickling scope of this thread."""
+    return _scopes.unpickling[-1] if _scopes.unpickling else None
+
+
+@contextmanager
+def unpickling_scope(pending: PendingUsers) -> Iterator[PendingUsers]:
+    """While the body runs, RRefs that this thread unpickles are rebuilt by ``pending.unpickle``."""
+    _scopes.unpickling.append(pending)
+    try:
+        yield pending
+    finally:
+        _scopes.unpickling.pop()
+
+
+def receive_rref(data: ForkData) -> Any:
+    """What a pickled RRef names as its constructor: rebuilds it in the scope that unpickles, else by torch's own entry."""
+    if _scopes.unpickling:
+        return _scopes.unpickling[-1].unpickle(data)
+    return PyRRef._deserialize(data)
