@@ -1,8 +1,8 @@
 """Memory that goes out and memory that comes in: frozen copies, and received buffers that may be written to.
 
 Nothing here knows of messages or tensors' meaning. What is sent is copied once, at the call, so that whatever the user does to
-the original afterwards changes neither what is sent nor what is sent again. Large copies are torch's or numpy's, which release
-the GIL.
+the original afterwards changes neither what is sent nor what is sent again. Large copies release the GIL. They are made by one
+thread: torch's own copies start a team of threads for each thread that calls, which then compete for the cores.
 
 Received frames are ZeroMQ's own memory. They are writable and stay alive with any view of them, but small ones lie at odd
 addresses within a larger block, which they would keep alive: those are copied.
@@ -37,9 +37,13 @@ _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torc
 
 def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int) -> bytes | memoryview:
     """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it."""
-    if size <= SMALL and storage.device.type == "cpu":
+    if storage.device.type != "cpu":
+        return freeze_elements(storage, 1, (size,), (1,), begin)
+    if size <= SMALL:
         return ctypes.string_at(storage.data_ptr() + begin, size)
-    return freeze_elements(storage, 1, (size,), (1,), begin)
+    copy = torch.empty(size, dtype=torch.uint8, device=CPU)
+    ctypes.memmove(copy.data_ptr(), storage.data_ptr() + begin, size)
+    return copy.numpy().data
 
 
 def freeze_elements(
@@ -90,8 +94,7 @@ def receive_bytes(buffer: memoryview, alignment: int) -> torch.Tensor:
         if received.data_ptr() % max(alignment, ALIGNMENT) == 0:
             return received
     copy = torch.empty(buffer.nbytes, dtype=torch.uint8, device=CPU)
-    if buffer.nbytes <= SMALL:
-        ctypes.memmove(copy.data_ptr(), bytes(buffer), buffer.nbytes)
-    else:
-        np.copyto(copy.numpy(), np.frombuffer(buffer, dtype=np.uint8))
+    # A pointer into read-only memory is to be had from numpy only; for little, a copy of the bytes is cheaper.
+    source = bytes(buffer) if buffer.nbytes <= SMALL else np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+    ctypes.memmove(copy.data_ptr(), source, buffer.nbytes)
     return copy

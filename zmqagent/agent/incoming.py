@@ -67,14 +67,6 @@ class Incoming:
         self._unclaimed = [buffer.nbytes for buffer in buffers]
         self._alignments: dict[_Piece, int] = {}
         self._storages: dict[_Piece, torch.UntypedStorage] = {}
-        self._checks: dict[int, Callable[[Any], Builder]] = {
-            Kind.DENSE: self._dense,
-            Kind.META: _meta,
-            Kind.COO: self._coo,
-            Kind.COMPRESSED: self._compressed,
-            Kind.PER_TENSOR: self._per_tensor,
-            Kind.PER_CHANNEL: self._per_channel,
-        }
 
     def check(self, description: Any) -> Builder:
         """What will build the tensor that ``description`` means.
@@ -83,16 +75,25 @@ class Incoming:
             ProtocolError: it means none, or not with these buffers.
         """
         kind = description[0] if type(description) is tuple and description else None
-        check = self._checks.get(kind) if type(kind) is int else None
+        check = _CHECKS.get(kind) if type(kind) is int else None
         if check is None:
             raise ProtocolError(f"tensor kind {kind!r:.100} is unknown to this version of zmqagent")
-        return check(description)
+        return check(self, description)
 
     def _dense(self, description: Any) -> Builder:
         strided = self._strided(description, DTYPES, REQUIRES_GRAD | CONJUGATE | NEGATIVE)
         if strided.dtype is torch.complex32:
             return lambda: _without_first_warning("complex32", lambda: self._build(strided))
         return lambda: self._build(strided)
+
+    def _meta(self, description: Any) -> Builder:
+        name, flags, sizes, strides = _take(description, 4)
+        dtype = _dtype(name, DTYPES)
+        _check_flags(flags, REQUIRES_GRAD)
+        _check_sizes(sizes)
+        _check_strides(sizes, strides)
+        _require(extent(sizes, strides) * dtype.itemsize <= _MAX_INT, "sizes have a limit")
+        return lambda: _with_grad(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"), flags)
 
     def _coo(self, description: Any) -> Builder:
         flags, sizes, indices, values = _take(description, 4)
@@ -201,19 +202,20 @@ class Incoming:
         storage = self._storages.get(piece)
         if storage is None:
             view = self._buffers[piece.buffer][piece.start : piece.start + piece.size]
-            storage = receive_bytes(view, self._alignments[piece]).to(device).untyped_storage()
+            received = receive_bytes(view, self._alignments[piece])
+            storage = (received if device == CPU else received.to(device)).untyped_storage()
             self._storages[piece] = storage
         return storage
 
 
-def _meta(description: Any) -> Builder:
-    name, flags, sizes, strides = _take(description, 4)
-    dtype = _dtype(name, DTYPES)
-    _check_flags(flags, REQUIRES_GRAD)
-    _check_sizes(sizes)
-    _check_strides(sizes, strides)
-    _require(extent(sizes, strides) * dtype.itemsize <= _MAX_INT, "sizes have a limit")
-    return lambda: _with_grad(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"), flags)
+_CHECKS: dict[int, Callable[[Incoming, Any], Builder]] = {
+    Kind.DENSE: Incoming._dense,
+    Kind.META: Incoming._meta,
+    Kind.COO: Incoming._coo,
+    Kind.COMPRESSED: Incoming._compressed,
+    Kind.PER_TENSOR: Incoming._per_tensor,
+    Kind.PER_CHANNEL: Incoming._per_channel,
+}
 
 
 def _require(condition: bool, rule: str) -> None:
