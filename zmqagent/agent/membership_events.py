@@ -1,0 +1,198 @@
+"""What happens to the membership of a group, and what is to be done about it: the vocabulary of `Membership`. Pure.
+
+A member is named by worker id and incarnation: a worker that comes back under its old name and id is another member.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from zmqagent.exceptions import RpcError, WorkerLostError
+from zmqagent.transport.base import PeerRecord
+from zmqagent.wire.types import WorkerId
+
+__all__ = [
+    "BarrierEntered",
+    "BarrierUnanswered",
+    "Connect",
+    "Disconnect",
+    "Event",
+    "FailBarrier",
+    "GroupEnding",
+    "Instruction",
+    "Joined",
+    "Leaving",
+    "Lost",
+    "Member",
+    "MemberState",
+    "PassBarrier",
+    "Reached",
+    "SaidGoodbye",
+    "SayGoodbye",
+    "SendBarrier",
+    "Suspected",
+    "WorkerGone",
+]
+
+
+class MemberState(enum.Enum):
+    """What is known of a member."""
+
+    UP = "up"
+    SUSPECTED = "suspected"
+    LOST = "lost"
+    LEFT = "left"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing more is to be expected of this incarnation."""
+        return self in (MemberState.LOST, MemberState.LEFT)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member; ``since`` is the time of its last change of state, and ``reason`` what that change was for."""
+
+    record: PeerRecord
+    state: MemberState
+    since: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.record.name!r} ({self.record.worker_id})"
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker is in the group from now on, maybe instead of an older incarnation of itself."""
+
+    record: PeerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The worker lives and can be reached."""
+
+    worker_id: WorkerId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    """The worker cannot be reached just now."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker is dead, or counts as such."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaidGoodbye:
+    """The worker told that it shuts down."""
+
+    worker_id: WorkerId
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierEntered:
+    """A member, maybe this worker itself, has come to the barrier ``tag``; ``token`` is handed back with the answer."""
+
+    worker_id: WorkerId
+    tag: str
+    value: int
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEnding:
+    """The last barrier is passed: whoever ends from now on was expected to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """This worker shuts down."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierUnanswered:
+    """What `SendBarrier` asked for has failed with ``error``."""
+
+    request: SendBarrier
+    error: RpcError
+
+
+Event = Joined | Reached | Suspected | Lost | SaidGoodbye | BarrierEntered | BarrierUnanswered | GroupEnding | Leaving
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Make the peer known to the transport."""
+
+    record: PeerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Let the transport forget the peer."""
+
+    worker_id: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """Nothing more comes from this incarnation: all that waits for it ends with ``error``. ``expected``: it left as announced."""
+
+    record: PeerRecord
+    error: WorkerLostError
+    expected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendBarrier:
+    """Ask ``leader`` to let this worker pass the barrier. Its answer is for ``token``, a failure is a `BarrierUnanswered`."""
+
+    leader: WorkerId
+    tag: str
+    value: int
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class PassBarrier:
+    """Answer ``token``: all have come."""
+
+    token: object
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailBarrier:
+    """Answer ``token``: the barrier cannot be passed."""
+
+    token: object
+    error: RpcError
+
+
+@dataclass(frozen=True, slots=True)
+class SayGoodbye:
+    """Tell the members in ``to`` that this worker shuts down."""
+
+    to: tuple[WorkerId, ...]
+    reason: str
+
+
+Instruction = Connect | Disconnect | WorkerGone | SendBarrier | PassBarrier | FailBarrier | SayGoodbye
