@@ -37,7 +37,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="F", type=Path, help="write all outcomes there")
     parser.add_argument("--logs", metavar="DIR", type=Path, default=Path("conformance-logs"), help="of failures (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the tests instead of running them")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.backend == "ZMQ" and FAULTY_SUITES.keys() & (arguments.suite or ()):
+        parser.error(f"ZMQ has no agent that injects faults: {', '.join(FAULTY_SUITES)} run on TENSORPIPE only")
+    return arguments
 
 
 def _select(arguments: argparse.Namespace) -> list[tuple[str, str]]:
