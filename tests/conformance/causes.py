@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Verdict", "find_cause"]
+__all__ = ["Verdict", "find_cause", "where_stuck"]
 
 
 class Verdict(enum.Enum):
@@ -21,6 +21,9 @@ class Verdict(enum.Enum):
 _RANK = re.compile(r"^Process (\d+) exited with error code")
 _FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+), in (\S+)')
 _ERROR = re.compile(r"^\s*((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit|Warning|Mismatch))(?::|$)\s*(.*)")
+
+_STACK = re.compile(r"^Current thread 0x\w+[^\n]*:\n((?:  File .*\n)+)", re.MULTILINE)
+_STACK_FRAME = re.compile(r'^  File "([^"]+)", line (\d+) in (\S+)', re.MULTILINE)
 
 _CONSEQUENCES = re.compile(
     r"timed out in _all_gather|[Cc]onnection (closed|reset|refused)|Broken pipe|eof \(this error|Socket Timeout|RemoteException"
@@ -65,6 +68,17 @@ def find_cause(text: str, logs: dict[str, str]) -> str:
         return str(min(found, key=lambda candidate: candidate.weight))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:_WIDTH] if lines else "no message"
+
+
+def where_stuck(logs: dict[str, str]) -> str:
+    """Where the main thread of each rank stood when the stacks were dumped: our own code if it was in there."""
+    places: dict[str, list[str]] = {}
+    for name, log in logs.items():
+        if name.startswith("rank") and (stacks := _STACK.findall(log)):
+            frames = [_shorten(*frame) for frame in _STACK_FRAME.findall(stacks[-1])]
+            own = [frame for frame in frames if frame.startswith("zmqagent/")]
+            places.setdefault((own or frames)[0], []).append(name)
+    return "; ".join(f"{', '.join(names)} at {place}" for place, names in places.items())
 
 
 def _candidates(text: str, rank: str = "") -> Iterator[_Candidate]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.conformance.causes import Verdict, find_cause
+from tests.conformance.causes import Verdict, find_cause, where_stuck
 from tests.conformance.fixtures import ForkedRanks, redirect_output
 from tests.conformance.suites import build, starts_agents_everywhere
 
@@ -89,6 +89,8 @@ class RunningTest:
         if verdict is Verdict.FAILED:
             ranks = {path.stem: path.read_text(errors="replace") for path in sorted(self._directory.glob("*.log"))}
             cause = find_cause(text, ranks)
+            if stuck := where_stuck(ranks):
+                cause = f"{cause}: {stuck}"
             log = str(self._keep_log(logs, text, ranks))
         elif verdict is Verdict.SKIPPED:
             cause = text
@@ -122,7 +124,7 @@ class RunningTest:
         if self._controller_is_gone():
             return Verdict.FAILED, "RuntimeError: the process that leads the test died"
         self._dump_stacks()
-        return Verdict.FAILED, f"TimeoutError: still running after {self._deadline - self._started:.0f} s; the log has the stacks"
+        return Verdict.FAILED, f"TimeoutError: still running after {self._deadline - self._started:.0f} s"
 
     def _dump_stacks(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import unittest
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_a_test_that_hangs_is_ended_with_its_children_and_leaves_their_stacks(ru
     held_by_all, inherited = os.pipe()
     outcome = run("test_hangs", timeout=2.0)
     assert outcome.verdict is Verdict.FAILED
-    assert outcome.cause.startswith("TimeoutError: still running after 2 s")
+    assert re.fullmatch(
+        r"TimeoutError: still running after 2 s: rank0 at tests/conformance/test_runner.py:\d+ in test_hangs", outcome.cause
+    )
     assert Path(outcome.log).read_text().count("in test_hangs") == 2
     os.close(inherited)
     # The end of file comes once no process of the test is left.
