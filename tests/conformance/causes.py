@@ -71,13 +71,13 @@ def find_cause(text: str, logs: dict[str, str]) -> str:
 
 
 def where_stuck(logs: dict[str, str]) -> str:
-    """Where the main thread of each rank stood when the stacks were dumped: our own code if it was in there."""
+    """Where the main thread of each rank stood when the stacks were dumped: in our own code if it was in there, else in torch's."""
     places: dict[str, list[str]] = {}
     for name, log in logs.items():
         if name.startswith("rank") and (stacks := _STACK.findall(log)):
             frames = [_shorten(*frame) for frame in _STACK_FRAME.findall(stacks[-1])]
-            own = [frame for frame in frames if frame.startswith("zmqagent/")]
-            places.setdefault((own or frames)[0], []).append(name)
+            known = [frame for start in ("zmqagent/", "torch/", "") for frame in frames if frame.startswith(start)]
+            places.setdefault(known[0], []).append(name)
     return "; ".join(f"{', '.join(names)} at {place}" for place, names in places.items())
 
 
