@@ -71,7 +71,7 @@ def find_cause(text: str, logs: dict[str, str]) -> str:
 
 
 def where_stuck(logs: dict[str, str]) -> str:
-    """Where the main thread of each rank stood when the stacks were dumped: in our own code if it was in there, else in torch's."""
+    """Where each rank's main thread stood when the stacks were dumped: in our own code if it was there, else in torch's."""
     places: dict[str, list[str]] = {}
     for name, log in logs.items():
         if name.startswith("rank") and (stacks := _STACK.findall(log)):
