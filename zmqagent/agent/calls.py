@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from zmqagent.exceptions import InterruptedCallError, RpcError, RpcTimeoutError
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["MAX_TRIES", "Calls", "Complete", "Instruction", "Resend"]
+__all__ = ["MAX_TRIES", "CallId", "Calls", "Complete", "Instruction", "Resend"]
+
+CallId = tuple[WorkerId, int]
+"""A call's destination, and its number among the calls to it."""
 
 MAX_TRIES = 5
 _FIRST_PAUSE = 1.0
@@ -30,7 +33,7 @@ _COMPACT_FROM = 256
 class Complete:
     """The call has failed: give ``error`` to whoever waits for it."""
 
-    call_id: int
+    call_id: CallId
     error: RpcError
 
 
@@ -38,7 +41,7 @@ class Complete:
 class Resend:
     """Send the call's message again."""
 
-    call_id: int
+    call_id: CallId
 
 
 Instruction = Complete | Resend
@@ -46,7 +49,6 @@ Instruction = Complete | Resend
 
 @dataclass(slots=True)
 class _Call:
-    to: WorkerId
     worker: str
     what: str
     timeout: float
@@ -58,9 +60,9 @@ class Calls:
     """The calls under way. Times are seconds of any clock that never goes back; a timeout of 0 means none."""
 
     def __init__(self) -> None:
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[CallId, _Call] = {}
         # (deadline, call id); the entries of calls that have ended, or were given a later deadline, are skipped.
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines: list[tuple[float, CallId]] = []
         self._late = 0
 
     def __len__(self) -> int:
@@ -72,22 +74,22 @@ class Calls:
         return self._late
 
     def start(
-        self, call_id: int, to: WorkerId, worker: str, what: str, *, timeout: float, retry: bool, now: float
+        self, call_id: CallId, worker: str, what: str, *, timeout: float, retry: bool, now: float
     ) -> None:
-        """A call begins. ``worker`` and ``what`` name its destination and kind for errors; ``retry``: it is idempotent."""
+        """A call begins. ``worker`` and ``what`` name its destination and its kind in errors; ``retry``: it is idempotent."""
         wait = _FIRST_PAUSE if retry else timeout
-        call = self._calls[call_id] = _Call(to, worker, what, timeout, now + wait, 1 if retry else 0)
+        call = self._calls[call_id] = _Call(worker, what, timeout, now + wait, 1 if retry else 0)
         if wait:
             self._await(call_id, call)
 
-    def answered(self, call_id: int) -> bool:
+    def answered(self, call_id: CallId) -> bool:
         """An answer came; False if nobody waits for it any more."""
         if self._calls.pop(call_id, None) is None:
             self._late += 1
             return False
         return True
 
-    def withdrawn(self, call_id: int) -> None:
+    def withdrawn(self, call_id: CallId) -> None:
         """The call could not be sent, and its caller knows."""
         self._calls.pop(call_id, None)
 
@@ -119,10 +121,8 @@ class Calls:
 
     def worker_lost(self, worker_id: WorkerId, reason: RpcError) -> list[Instruction]:
         """No answer will come from ``worker_id`` any more, for ``reason`` (whose class the errors of its calls have)."""
-        lost = [(call_id, call) for call_id, call in self._calls.items() if call.to == worker_id]
         return [
-            self._fail(call_id, type(reason)(f"a {call.what} to worker {call.worker} has no answer: {reason}"))
-            for call_id, call in lost
+            self._fail(call_id, _no_answer(call, reason)) for call_id, call in list(self._calls.items()) if call_id[0] == worker_id
         ]
 
     def interrupted(self) -> list[Instruction]:
@@ -134,19 +134,22 @@ class Calls:
 
     def closed(self, reason: RpcError) -> list[Instruction]:
         """The agent ends."""
-        return [self._fail(call_id, type(reason)(f"a {call.what} to worker {call.worker} has no answer: {reason}"))
-                for call_id, call in list(self._calls.items())]
+        return [self._fail(call_id, _no_answer(call, reason)) for call_id, call in list(self._calls.items())]
 
-    def _await(self, call_id: int, call: _Call) -> None:
+    def _await(self, call_id: CallId, call: _Call) -> None:
         heapq.heappush(self._deadlines, (call.deadline, call_id))
         if len(self._deadlines) > _COMPACT_FROM and len(self._deadlines) > 4 * len(self._calls):
             # Answered calls leave their entries behind until these reach the top, which takes a whole timeout.
             self._deadlines = [(c.deadline, i) for i, c in self._calls.items() if c.timeout or c.tries]
             heapq.heapify(self._deadlines)
 
-    def _fail(self, call_id: int, error: RpcError) -> Complete:
+    def _fail(self, call_id: CallId, error: RpcError) -> Complete:
         del self._calls[call_id]
         return Complete(call_id, error)
+
+
+def _no_answer(call: _Call, reason: RpcError) -> RpcError:
+    return type(reason)(f"a {call.what} to worker {call.worker} has no answer: {reason}")
 
 
 def _timeout_error(call: _Call) -> RpcError:

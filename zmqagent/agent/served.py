@@ -1,7 +1,7 @@
 """Which requests of others have been taken in: each is served once, however often it arrives.
 
-Pure. A caller numbers its requests upwards, so what was taken in from one incarnation is a number below which everything was, and a
-set of the few above it.
+Pure. A caller numbers its requests to one worker upwards, so what was taken in from one incarnation is a number up to which everything
+was, and a set of the few above it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 from zmqagent.wire.types import WorkerId
 
 __all__ = ["Served"]
+
+
+_MAX_GAP = 1 << 16
+"""So many requests may overtake one before it is given up. A number whose request could not be sent is never seen at all."""
 
 
 class Served:
@@ -51,6 +55,8 @@ class _Seen:
         if number <= self.floor or number in self.above:
             return False
         self.above.add(number)
+        if len(self.above) > _MAX_GAP:
+            self.floor = min(self.above) - 1
         while self.floor + 1 in self.above:
             self.floor += 1
             self.above.remove(self.floor)

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch.futures import Future
 
-from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError, RpcError
+from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError, RpcError, RRefCreationError
 from zmqagent.rpc import pickler
 from zmqagent.wire.commands import Failure, Pickled
 
-__all__ = ["Failed", "describe_error", "describe_exception", "new_future", "rebuild"]
+__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "rebuild"]
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +41,18 @@ def describe_exception(error: BaseException, worker: str) -> Failure:
 def describe_error(error: RpcError, worker: str) -> Failure:
     """The `Failure` for an error of this package: it arrives as the same class."""
     return Failure(error.code, type(error).__qualname__, f"On {worker}: {error}")
+
+
+def describe_kept(error: BaseException | None, worker: str) -> Failure:
+    """The `Failure` for an error that an OwnerRRef keeps: an error of this package, or what `rebuild` made when its function failed,
+    which has its whole text already."""
+    if error is None:
+        error = RRefCreationError("the RRef has no value and never will")
+    if isinstance(error, RpcError):
+        return describe_error(error, worker)
+    kind = type(error)
+    text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
 
 
 def _pickled_type(error: BaseException) -> Pickled:

@@ -1,26 +1,218 @@
 """What stands in for torch's ``_invoke_rpc_*`` and ``_invoke_remote_*``, with their signatures.
 
-``rpc_sync``, ``rpc_async`` and ``remote`` are torch's own Python functions; they end in one of the six functions here.
+``rpc_sync``, ``rpc_async`` and ``remote`` are torch's own Python functions; they end in one of the six functions here. What they
+have pickled before comes from `CallPickler`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.distributed.rpc import PythonUDF, WorkerInfo  # type: ignore[attr-defined]
+import torch
+from torch.distributed.rpc import PyRRef, WorkerInfo
+from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, ScriptError, UnknownWorkerError
+from zmqagent.exceptions import ProtocolError, RpcError, ScriptError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.results import complete
 from zmqagent.rref.context import RRefContext
+from zmqagent.rref.forks import Forks
 from zmqagent.rref.rref import RRef
-from zmqagent.wire.commands import Failure, Pickled, PythonCall, PythonRemoteCall, RemoteReturn, Return, ScriptCall, ScriptRemoteCall
+from zmqagent.wire.commands import (
+    Pickled,
+    PythonCall,
+    PythonRemoteCall,
+    RemoteReturn,
+    ScriptCall,
+    ScriptRemoteCall,
+)
 from zmqagent.wire.types import ForkId, Message, RRefId, WorkerId
 
 __all__ = ["CallPickler", "Invoker"]
+
+
+@dataclass(frozen=True, slots=True)
+class _PickledCall:
+    """A pickled call on its way through torch's Python code, with the forks of RRefs that were minted for it."""
+
+    body: Pickled
+    forks: Forks
+
+
+class CallPickler:
+    """Takes the place of torch's default RPC pickler, so that buffers leave the pickle and forks can be taken back."""
+
+    def __init__(self, rrefs: RRefContext) -> None:
+        self._rrefs = rrefs
+
+    def serialize(self, obj: Any) -> tuple[_PickledCall, Sequence[torch.Tensor]]:
+        """Pickles a call; the first part of the result only means something to `Invoker`."""
+        if isinstance(obj, PythonUDF) and (eager := EAGER_FORMS.get(_qualified_name(obj.func))):
+            obj = obj._replace(func=eager)
+        call = _pickle(self._rrefs, obj)
+        return call, call.body.tensors
+
+    def __getattr__(self, name: str) -> Any:
+        # Users register reducers with it, and may deserialize: that is torch's own.
+        return getattr(_internal_rpc_pickler, name)
+
+
+def _qualified_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+
+
+def _pickle(rrefs: RRefContext, obj: Any) -> _PickledCall:
+    with rrefs.pickling() as forks:
+        return _PickledCall(pickler.dumps(obj), forks)
+
+
+class Invoker:
+    """Sends calls on behalf of torch's ``rpc_sync``, ``rpc_async`` and ``remote``."""
+
+    def __init__(self, messenger: Messenger, rrefs: RRefContext) -> None:
+        self._messenger = messenger
+        self._rrefs = rrefs
+
+    # Calls that answer with a value.
+
+    def rpc_builtin(self, dst: WorkerInfo, name: str, timeout: float, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Runs the operator ``name`` (``aten::add``) on ``dst``."""
+        call = _pickle(self._rrefs, (args, kwargs))
+        message = ScriptCall(call.body, name, is_builtin=True, is_async=False).to_message()
+        return self._call(dst, call, message, timeout, attach_always=False)
+
+    def rpc_python_udf(
+        self, dst: WorkerInfo, pickled: _PickledCall | bytes, tensors: Sequence[torch.Tensor], timeout: float, is_async: bool
+    ) -> Future[Any]:
+        """Runs a pickled function on ``dst``; ``pickled`` is bytes if the user brought a pickler."""
+        call = self._own(pickled, tensors)
+        return self._call(dst, call, PythonCall(call.body, is_async).to_message(), timeout, attach_always=True)
+
+    def rpc_torchscript(
+        self, dst_name: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float, is_async: bool
+    ) -> Future[Any]:
+        """Runs the TorchScript function ``name`` on the worker ``dst_name``."""
+        dst = self._worker(dst_name)
+        eager = EAGER_FORMS.get(name)
+        if eager is not None:
+            call = _pickle(self._rrefs, PythonUDF(eager, args, kwargs))
+            return self._call(dst, call, PythonCall(call.body, is_async).to_message(), timeout, attach_always=True)
+        call = self._script_arguments(name, args, kwargs)
+        message = ScriptCall(call.body, name, is_builtin=False, is_async=is_async).to_message()
+        return self._call(dst, call, message, timeout, attach_always=False)
+
+    # Calls whose value stays on the callee, as an RRef.
+
+    def remote_builtin(self, dst: WorkerInfo, name: str, timeout: float, *args: Any, **kwargs: Any) -> PyRRef[Any]:
+        """Runs the operator ``name`` on ``dst`` and returns an RRef to its value."""
+        call = _pickle(self._rrefs, (args, kwargs))
+
+        def message(rref_id: RRefId, fork_id: ForkId) -> Message:
+            return ScriptRemoteCall(call.body, name, True, False, rref_id, fork_id).to_message()
+
+        return self._remote(dst, call, message, timeout, attach_always=False)
+
+    def remote_python_udf(
+        self, dst: WorkerInfo, pickled: _PickledCall | bytes, tensors: Sequence[torch.Tensor], timeout: float, is_async: bool
+    ) -> PyRRef[Any]:
+        """Runs a pickled function on ``dst`` and returns an RRef to its value."""
+        call = self._own(pickled, tensors)
+
+        def message(rref_id: RRefId, fork_id: ForkId) -> Message:
+            return PythonRemoteCall(call.body, is_async, rref_id, fork_id).to_message()
+
+        return self._remote(dst, call, message, timeout, attach_always=True)
+
+    def remote_torchscript(
+        self, dst_name: str, name: str, timeout: float, is_async: bool, *args: Any, **kwargs: Any
+    ) -> PyRRef[Any]:
+        """Runs the TorchScript function ``name`` on ``dst_name`` and returns an RRef to its value."""
+        call = self._script_arguments(name, args, kwargs)
+
+        def message(rref_id: RRefId, fork_id: ForkId) -> Message:
+            return ScriptRemoteCall(call.body, name, False, is_async, rref_id, fork_id).to_message()
+
+        return self._remote(self._worker(dst_name), call, message, timeout, attach_always=False)
+
+    # What they share.
+
+    def _call(
+        self, dst: WorkerInfo, call: _PickledCall, message: Message, timeout: float, *, attach_always: bool
+    ) -> Future[Any]:
+        future = new_future()
+        self._send(WorkerId(dst.id), call, message, partial(complete, future), timeout, attach_always)
+        return future
+
+    def _send(
+        self,
+        to: WorkerId,
+        call: _PickledCall,
+        message: Message,
+        on_reply: Callable[[Reply], None],
+        timeout: float,
+        attach_always: bool,
+    ) -> None:
+        try:
+            self._messenger.send(to, message, on_reply, timeout=timeout, attach_always=attach_always)
+        except BaseException:
+            call.forks.cancel()
+            raise
+        call.forks.sent_to(to)
+
+    def _remote(
+        self,
+        dst: WorkerInfo,
+        call: _PickledCall,
+        message: Callable[[RRefId, ForkId], Message],
+        timeout: float,
+        *,
+        attach_always: bool,
+    ) -> PyRRef[Any]:
+        rref, rref_id, fork_id = self._rrefs.new_remote(WorkerId(dst.id))
+        creation = new_future()
+        rref._set_future(creation)
+
+        def failed(error: RpcError) -> None:
+            self._rrefs.creation_failed(rref_id, fork_id, error)
+            creation.set_result(Failed.by(error))
+
+        def on_reply(reply: Reply) -> None:
+            if isinstance(reply, RemoteReturn):
+                self._rrefs.confirm_remote(rref_id, fork_id)
+                creation.set_result(None)
+            elif isinstance(reply, RpcError):
+                failed(reply)
+            else:
+                failed(ProtocolError(f"a remote call was answered by a {type(reply).__name__}"))
+
+        try:
+            self._send(WorkerId(dst.id), call, message(rref_id, fork_id), on_reply, timeout, attach_always)
+        except RpcError as error:
+            failed(error)
+            raise
+        return rref  # type: ignore[return-value]
+
+    def _own(self, pickled: _PickledCall | bytes, tensors: Sequence[torch.Tensor]) -> _PickledCall:
+        if isinstance(pickled, _PickledCall):
+            return pickled
+        # A pickler of the user's, by _use_rpc_pickler: no buffers beside the pickle; RRefs in it cannot be taken back.
+        return _PickledCall(Pickled(pickled, (), tensors), self._rrefs.pickling())
+
+    def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
+        if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):
+            raise ScriptError(
+                f"the TorchScript function {name} takes an RRef, but TorchScript runs in C++, which knows only the RRefs of torch's own "
+                "agent. Call a Python function, and have it fetch the value (to_here, local_value) and call the TorchScript function."
+            )
+        return _pickle(self._rrefs, (args, kwargs))
+
+    def _worker(self, name: str) -> WorkerInfo:
+        return torch.distributed.rpc.get_worker_info(name)

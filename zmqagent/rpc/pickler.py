@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.rpc import internal as torch_internal
 
-from zmqagent.agent.tensors import freeze_buffers, writable
+from zmqagent.agent.buffers import freeze_buffers, writable
 from zmqagent.exceptions import CalleeError, NotPicklableError, RpcError
 from zmqagent.wire.commands import Pickled
 

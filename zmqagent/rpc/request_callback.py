@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.distributed.rpc import PythonUDF  # type: ignore[attr-defined]
+from torch.distributed.rpc.internal import PythonUDF
 
 from zmqagent.agent.base import Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
@@ -22,6 +22,7 @@ from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function
 from zmqagent.rref.context import RRefContext
+from zmqagent.rref.rref import OwnerRRef, backward_root
 from zmqagent.wire.commands import (
     AbortBackward,
     Ack,
@@ -185,16 +186,16 @@ class RpcRequestCallback:
                 self._respond_with(request, value)
 
     def _respond_with(self, request: _Request, value: Any) -> None:
-        with self._rrefs.pickling() as forks:
-            try:
+        try:
+            with self._rrefs.pickling() as forks:
                 answer = Return(pickler.dumps(value)).to_message()
-            except RpcError as refused:
-                forks.cancel()
-                request.respond(failures.describe_error(refused, self._me()).to_message())
-                return
-            if request.context is not None:
-                answer = self._messenger.wrap_answer(request.context, request.source, answer)
-            request.respond(answer)
+                if request.context is not None:
+                    answer = self._messenger.wrap_answer(request.context, request.source, answer)
+        except RpcError as refused:
+            request.respond(failures.describe_error(refused, self._me()).to_message())
+            return
+        request.respond(answer)
+        forks.sent_to(request.source)
 
     # RRefs.
 
@@ -210,8 +211,11 @@ class RpcRequestCallback:
         request.respond(RemoteReturn(rref_id, fork_id).to_message())
 
     def _rref_fetch(self, request: _Request, fetch: RRefFetch) -> None:
-        def ready(owner: Any, error: BaseException | None) -> None:
-            self._answer(request, None if error else owner.value(), error)
+        def ready(owner: OwnerRRef | None, error: BaseException | None) -> None:
+            if owner is None or error is not None:
+                request.respond(failures.describe_kept(error, self._me()).to_message())
+            else:
+                self._answer(request, owner.value(), None)
 
         self._rrefs.when_owner_ready(fetch.rref_id, ready)
 
@@ -220,7 +224,7 @@ class RpcRequestCallback:
         request.respond(Ack().to_message())
 
     def _rref_fork_request(self, request: _Request, fork: RRefForkRequest) -> None:
-        self._rrefs.on_fork_request(fork.rref_id, fork.fork_id)
+        self._rrefs.on_fork_request(request.source, fork.rref_id, fork.fork_id)
         request.respond(Ack().to_message())
 
     def _rref_child_accept(self, request: _Request, accept: RRefChildAccept) -> None:
@@ -228,12 +232,14 @@ class RpcRequestCallback:
         request.respond(Ack().to_message())
 
     def _rref_backward(self, request: _Request, backward: RRefBackward) -> None:
-        def ready(owner: Any, error: BaseException | None) -> None:
+        def ready(owner: OwnerRRef | None, error: BaseException | None) -> None:
+            if owner is None or error is not None:
+                request.respond(failures.describe_kept(error, self._me()).to_message())
+                return
             with clean_state():
                 try:
-                    if error is not None:
-                        raise error
-                    self._engine.backward(backward.context_id, [owner.value()], backward.retain_graph)
+                    root = backward_root(owner.value())
+                    self._engine.backward(backward.context_id, [root], backward.retain_graph)
                 except Exception as failed:
                     request.respond(self._describe(failed).to_message())
                 else:

@@ -1,0 +1,321 @@
+"""The agent of one worker: what torch calls an RpcAgent, and what the layers above see as a `Requester`.
+
+It joins the parts of its layer: the transport, the group, the exchange of requests, and the executor whose threads receive and run.
+It unpickles nothing; requests go up through the `RequestCallback`.
+
+How it ends. `join` waits until no worker of the group has a call under way. `shutdown` says goodbye, stops the threads, fails what
+still waits, and closes the transport; it may be called at any time, from any thread, and more than once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.rpc import WorkerInfo
+
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, RequestCallback, Respond
+from zmqagent.agent.exchange import Exchange, is_request
+from zmqagent.agent.executor import Executor, Task
+from zmqagent.agent.group import Group
+from zmqagent.agent.interrupts import InterruptWatch
+from zmqagent.agent.membership_events import SayGoodbye, SendBarrier, WorkerGone
+from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
+from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.transport.base import PeerRecord, Received, Transport
+from zmqagent.wire.commands import Barrier, BarrierPassed, Goodbye, parse
+from zmqagent.wire.types import Message, MessageType, WorkerId
+
+__all__ = ["OnWorkerLost", "ZmqRpcAgent"]
+
+_logger = logging.getLogger(__name__)
+
+OnWorkerLost = Callable[[WorkerId, RpcError], None]
+
+_LONGEST_WAIT = 1.0
+"""Seconds after which receiving looks up in any case. A call whose deadline is later than that needs no wake-up of its own."""
+
+
+class ZmqRpcAgent:
+    """One worker's agent. Made by the backend; programs get it from ``rpc.api._get_current_rpc_agent()``.
+
+    Args:
+        me: this worker's record, as the others know it.
+        transport: bound, not used by anybody else; closed by `shutdown`.
+        options: of this worker.
+    """
+
+    def __init__(self, me: PeerRecord, transport: Transport, options: ZmqRpcBackendOptions) -> None:
+        self._me = me
+        self._info = WorkerInfo(me.name, me.worker_id)
+        self._transport = transport
+        self._options = options
+        self._rpc_timeout = float(options.rpc_timeout)
+        self._exchange = Exchange(me, transport, self._serve)
+        self._group = Group(
+            me,
+            transport,
+            on_gone=self._on_worker_gone,
+            send_barrier=self._send_barrier,
+            say_goodbye=self._say_goodbye,
+        )
+        self._executor = Executor(self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}")
+        self._interrupts: InterruptWatch | None = None
+        self._callback: RequestCallback | None = None
+        self._on_worker_lost: OnWorkerLost | None = None
+        self._joins = 0
+        # Lets one thread through to shut down.
+        self._shutdown_lock = threading.Lock()
+        self._is_shut_down = False
+
+    def __repr__(self) -> str:
+        return f"<ZmqRpcAgent {self._me.name!r} ({self._me.worker_id}), {self._transport!r}>"
+
+    def start(self, records: Iterable[PeerRecord], callback: RequestCallback, on_worker_lost: OnWorkerLost) -> None:
+        """Takes in the group and begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a thread of
+        the agent, of each peer that has gone, once its calls have failed."""
+        self._callback = callback
+        self._on_worker_lost = on_worker_lost
+        self._group.join(self._me)
+        for record in records:
+            self._group.join(record)
+        self._exchange.start(self._executor)
+        self._executor.start()
+        self._interrupts = InterruptWatch(self._exchange.interrupt)
+
+    # What the layers above ask (`Requester`).
+
+    @property
+    def worker_id(self) -> WorkerId:
+        """This worker's id."""
+        return self._me.worker_id
+
+    def worker_name(self, worker_id: WorkerId) -> str:
+        """The name of a member of the group; a readable stand-in if the id is unknown."""
+        return self._group.name_of(worker_id)
+
+    def request(
+        self,
+        to: WorkerId,
+        message: Message,
+        on_reply: OnReply,
+        *,
+        timeout: float = UNSET_TIMEOUT,
+        retry: bool = False,
+        device_map: Mapping[Any, Any] | None = None,
+    ) -> None:
+        """See `Requester.request`."""
+        if self._is_shut_down:
+            raise ShutdownError(f"worker {self._me.name} has shut down and sends nothing more")
+        peer = self._group.destination(to)
+        seconds = self._rpc_timeout if timeout < 0 else timeout
+        self._exchange.request(peer, message, on_reply, timeout=seconds, retry=retry)
+
+    # What torch asks.
+
+    @property
+    def is_static_group(self) -> bool:
+        """Whether all workers are known from the start."""
+        return True
+
+    def get_worker_info(self, worker: str | int | WorkerInfo | None = None) -> WorkerInfo:
+        """The WorkerInfo of a member by name or id; of this worker without an argument.
+
+        Raises:
+            UnknownWorkerError: the group has no such member.
+        """
+        if worker is None:
+            return self._info
+        if isinstance(worker, WorkerInfo):
+            return worker
+        if isinstance(worker, bool) or not isinstance(worker, (str, int)):
+            raise InvalidTypeError(f"a worker is named by its name or its id, not by a {type(worker).__name__}")
+        record = self._group.find(worker if isinstance(worker, str) else WorkerId(worker)).record
+        return WorkerInfo(record.name, record.worker_id)
+
+    def get_worker_infos(self) -> list[WorkerInfo]:
+        """The WorkerInfos of all members, by id."""
+        return [WorkerInfo(member.record.name, member.record.worker_id) for member in self._group.members()]
+
+    def _get_device_map(self, dst: WorkerInfo) -> dict[torch.device, torch.device]:
+        """The device map of this worker's options towards ``dst``."""
+        return dict(self._options.device_maps.get(dst.name, {}))
+
+    def _get_backend_options(self) -> ZmqRpcBackendOptions:
+        return self._options
+
+    def get_rpc_timeout(self) -> float:
+        """The default timeout in seconds; 0 for none."""
+        return self._rpc_timeout
+
+    def set_rpc_timeout(self, seconds: float) -> None:
+        """Sets the default timeout of later calls; 0 for none."""
+        self._rpc_timeout = float(seconds)
+
+    def get_metrics(self) -> dict[str, str]:
+        """torch's metrics of an agent, and how many messages came late or twice."""
+        client, server = self._exchange.active()
+        metrics = {
+            "agent.thread_pool_size": self._executor.size,
+            "agent.num_idle_threads": self._executor.num_idle(),
+            "agent.client_active_calls": client,
+            "agent.server_active_calls": server,
+            "agent.server_active_async_calls": self._exchange.active_async(),
+            **self._exchange.late_and_duplicate(),
+        }
+        return {name: str(value) for name, value in metrics.items()}
+
+    def get_debug_info(self) -> dict[str, str]:
+        """The metrics, and the state of each member."""
+        info = self.get_metrics()
+        for member in self._group.members():
+            info[f"agent.member.{member.record.name}"] = member.state.value
+        return info
+
+    def sync(self) -> None:
+        """Waits until every worker has reached this call (torch's RpcAgent has it too)."""
+        self._joins += 1
+        self._barrier(f"sync/{self._joins}", 0, float("inf"))
+
+    def join(self, shutdown: bool = False, timeout: float = 0) -> None:
+        """Waits until no worker of the group has a call under way.
+
+        Args:
+            shutdown: the group ends after that: peers that go from then on were expected to.
+            timeout: seconds; 0 for no limit.
+
+        Raises:
+            RpcTimeoutError: a call is still under way, here or elsewhere.
+            WorkerLostError: a worker died that should have come too.
+        """
+        deadline = time.monotonic() + timeout if timeout else float("inf")
+        self._joins += 1
+        for turn in range(1 << 30):
+            if not self._exchange.wait_until_idle(deadline):
+                client, server = self._exchange.active()
+                raise RpcTimeoutError(
+                    f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} that it "
+                    "serves are still under way"
+                )
+            # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
+            if self._barrier(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
+                break
+        if shutdown:
+            self._group.end()
+
+    def shutdown(self) -> None:
+        """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent."""
+        with self._shutdown_lock:
+            if self._is_shut_down:
+                return
+            self._is_shut_down = True
+        reason = ShutdownError(f"worker {self._me.name} shut down")
+        self._group.leave("it shut down")
+        if self._interrupts is not None:
+            self._interrupts.close()
+        left = self._executor.close()
+        # Requests that had not begun are dropped: their callers learn it from the goodbye. Completions are owed to callers here.
+        for task in left:
+            if not is_request(task):
+                task()
+        self._exchange.close(reason)
+        self._transport.close()
+
+    # Receiving, on the thread of the executor that has the turn.
+
+    def _receive(self, timeout: float | None) -> Task | None:
+        wait = self._exchange.time_to_look_up(_LONGEST_WAIT if timeout is None else min(timeout, _LONGEST_WAIT))
+        event = self._transport.receive(wait)
+        for task in self._exchange.tick():
+            self._executor.submit(task)
+        if event is None:
+            return None
+        if isinstance(event, Received):
+            return self._exchange.take_in(event.frames, self._group.accepts)
+        self._group.on_peer_event(event)
+        return None
+
+    def _serve(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        if message.type is MessageType.BARRIER_REQ:
+            self._serve_barrier(source, message, respond)
+        elif message.type is MessageType.GOODBYE:
+            self._serve_goodbye(source, message)
+        else:
+            assert self._callback is not None
+            self._callback(source, message, respond)
+
+    # The group's affairs.
+
+    def _on_worker_gone(self, gone: WorkerGone) -> None:
+        worker_id = gone.record.worker_id
+        self._exchange.worker_lost(worker_id, gone.error)
+        self._exchange.forget(worker_id, gone.record.incarnation)
+
+        def tell() -> None:
+            if self._on_worker_lost is not None:
+                self._on_worker_lost(worker_id, gone.error)
+
+        self._exchange.submit([tell])
+
+    def _say_goodbye(self, goodbye: SayGoodbye) -> None:
+        message = Goodbye(goodbye.reason).to_message()
+        for worker_id in goodbye.to:
+            try:
+                self._exchange.notify(self._group.find(worker_id).record, message)
+            except RpcError as error:
+                # It is going itself, or has gone.
+                _logger.debug("no goodbye to worker %d: %s", worker_id, error)
+
+    def _serve_goodbye(self, source: WorkerId, message: Message) -> None:
+        goodbye = parse(message)
+        assert isinstance(goodbye, Goodbye)
+        self._group.on_goodbye(source, self._group.find(source).record.incarnation, goodbye.reason)
+
+    def _serve_barrier(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        barrier = parse(message)
+        assert isinstance(barrier, Barrier)
+
+        def answer(outcome: int | RpcError) -> None:
+            if isinstance(outcome, RpcError):
+                respond(self._exchange.failure(outcome))
+            else:
+                respond(BarrierPassed(outcome).to_message())
+
+        self._group.enter_barrier(source, barrier.tag, barrier.value, answer)
+
+    def _send_barrier(self, asked: SendBarrier) -> None:
+        def on_reply(reply: Reply) -> None:
+            if isinstance(reply, BarrierPassed):
+                assert callable(asked.token)
+                asked.token(reply.total)
+            else:
+                error = reply if isinstance(reply, RpcError) else ProtocolError(f"a barrier was answered by {reply!r:.100}")
+                self._group.barrier_unanswered(asked, error)
+
+        peer = self._group.find(asked.leader).record
+        try:
+            self._exchange.request(peer, Barrier(asked.tag, asked.value).to_message(), on_reply, timeout=0)
+        except RpcError as error:
+            self._group.barrier_unanswered(asked, error)
+
+    def _barrier(self, tag: str, value: int, deadline: float) -> int:
+        """Waits until all workers have come to ``tag`` and returns the sum of their values."""
+        ended = threading.Event()
+        outcomes: list[int | RpcError] = []
+
+        def token(outcome: int | RpcError) -> None:
+            outcomes.append(outcome)
+            ended.set()
+
+        self._group.enter_barrier(self._me.worker_id, tag, value, token)
+        # Python's own wait, which ^C ends; without a deadline it ends with the loss of a member, or shutdown.
+        if not ended.wait(None if deadline == float("inf") else max(0.0, deadline - time.monotonic())):
+            raise RpcTimeoutError(f"worker {self._me.name} waited in vain for all workers to come to the barrier {tag}")
+        (outcome,) = outcomes
+        if isinstance(outcome, RpcError):
+            raise outcome
+        return outcome

@@ -1,0 +1,397 @@
+"""Requests out and answers in, requests in and answers out: the traffic of one worker.
+
+`Exchange` is the shell around the two machines that know calls: `Calls`, what this worker asked others, and `Served`, what others asked
+of it. It receives on whichever thread of the executor has the turn; what it receives it hands back as a task, so that neither
+user code nor the decoding of tensors holds up receiving.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from zmqagent.agent.base import OnReply, Reply, RequestCallback
+from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
+from zmqagent.agent.codec import Codec
+from zmqagent.agent.executor import Executor, Task
+from zmqagent.agent.served import Served
+from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, ShutdownError, error_class
+from zmqagent.transport.base import PeerRecord, Transport
+from zmqagent.wire.commands import Failure, parse
+from zmqagent.wire.frames import Envelope, decode
+from zmqagent.wire.types import Message, MessageType, WorkerId
+
+__all__ = ["Exchange", "is_request"]
+
+_logger = logging.getLogger(__name__)
+
+_IDEMPOTENT = frozenset(
+    {
+        MessageType.RREF_USER_DELETE,
+        MessageType.RREF_FORK_REQUEST,
+        MessageType.RREF_CHILD_ACCEPT,
+        MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ,
+        MessageType.ABORT_BACKWARD_REQ,
+        MessageType.BARRIER_REQ,
+    }
+)
+"""Served again when they come again, since it may have been the answer that was lost."""
+
+_UNCOUNTED = frozenset({MessageType.BARRIER_REQ, MessageType.GOODBYE})
+"""No calls: whoever waits at a barrier is idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A call under way: whom to tell, and what to send if it has to be sent again."""
+
+    on_reply: OnReply
+    frames: list[Any] | None
+    counted: int
+
+
+class Exchange:
+    """Sends and receives for one worker. All methods may be called from any thread, `receive` by one at a time.
+
+    Args:
+        me: this worker.
+        transport: moves frames.
+        serve: what requests are handed to.
+    """
+
+    def __init__(self, me: PeerRecord, transport: Transport, serve: RequestCallback) -> None:
+        self._me = me
+        self._transport = transport
+        self._serve = serve
+        self._codec = Codec(me.worker_id, me.incarnation)
+        self._executor: Executor | None = None
+        # Protects _calls, _waiting, _numbers and _looks_up_at; held for single steps of the machine.
+        self._lock = threading.Lock()
+        self._calls = Calls()
+        self._waiting: dict[CallId, _Waiting] = {}
+        self._numbers: defaultdict[WorkerId, itertools.count[int]] = defaultdict(itertools.count)
+        self._looks_up_at = 0.0
+        # Used by the thread that receives alone, and for calls to oneself; the lock orders these.
+        self._served_lock = threading.Lock()
+        self._served = Served()
+        # Counts calls whose callbacks have not returned, and requests that have not been answered. Notified when one ends.
+        self._activity = threading.Condition()
+        self._client_active = 0
+        self._server_active = 0
+        self._server_deferred = 0
+
+    def start(self, executor: Executor) -> None:
+        """From now on tasks that do not come from receiving are given to ``executor``."""
+        self._executor = executor
+
+    # Requests of this worker.
+
+    def request(
+        self,
+        peer: PeerRecord,
+        message: Message,
+        on_reply: OnReply,
+        *,
+        timeout: float,
+        retry: bool = False,
+        target: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Sends ``message`` to ``peer``; see `Requester.request`. ``timeout`` is in seconds, 0 for none; ``target`` is the
+        device map. Raises what `Codec.encode` and `Transport.send` raise."""
+        to = peer.worker_id
+        call_id = (to, next(self._numbers[to]))
+        encode = partial(self._codec.encode, message, call_id[1], peer.incarnation)
+        frames = encode(target) if target is not None else encode()
+        counted = int(message.type not in _UNCOUNTED)
+        now = time.monotonic()
+        with self._lock:
+            self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
+            self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted)
+            is_earlier = self._calls.next_deadline() < self._looks_up_at
+        self._count_client(counted)
+        try:
+            self._send(to, frames)
+        except BaseException:
+            self._withdraw(call_id)
+            raise
+        if is_earlier:
+            self._transport.wake()
+
+    def notify(self, peer: PeerRecord, message: Message) -> None:
+        """Sends ``message``, to which there is no answer."""
+        number = next(self._numbers[peer.worker_id])
+        self._send(peer.worker_id, self._codec.encode(message, number, peer.incarnation))
+
+    def _send(self, to: WorkerId, frames: list[Any]) -> None:
+        if to != self._me.worker_id:
+            self._transport.send(to, frames)
+            return
+        # A call to oneself takes the same way, less the socket: the callee gets copies of its own, as everywhere.
+        task = self.take_in([memoryview(frame) for frame in frames])
+        if task is not None:
+            self.submit([task])
+
+    def _withdraw(self, call_id: CallId) -> None:
+        with self._lock:
+            self._calls.withdrawn(call_id)
+            withdrawn = self._waiting.pop(call_id, None)
+        # Lost between the start and the send, it has been completed already, and its callback counts it down.
+        if withdrawn is not None:
+            self._count_client(-withdrawn.counted)
+
+    # The machine's instructions.
+
+    def worker_lost(self, worker_id: WorkerId, reason: RpcError) -> None:
+        """No answer will come from ``worker_id`` any more."""
+        with self._lock:
+            instructions = self._calls.worker_lost(worker_id, reason)
+        self.submit(self._tasks(instructions))
+
+    def interrupt(self) -> None:
+        """^C: the calls under way fail, so that whoever waits for them is let go."""
+        with self._lock:
+            instructions = self._calls.interrupted()
+        self.submit(self._tasks(instructions))
+
+    def close(self, reason: ShutdownError) -> None:
+        """The calls under way fail with ``reason``; their callbacks run on the calling thread, since no other is left."""
+        with self._lock:
+            instructions = self._calls.closed(reason)
+        for task in self._tasks(instructions):
+            task()
+
+    def tick(self) -> list[Task]:
+        """What time has brought: tasks that complete calls whose time is over. Sends again what is to be sent again."""
+        now = time.monotonic()
+        with self._lock:
+            instructions = self._calls.tick(now)
+        return self._tasks(instructions)
+
+    def time_to_look_up(self, at_most: float) -> float:
+        """Seconds that receiving may wait before `tick` has something to do, and at most ``at_most``."""
+        now = time.monotonic()
+        with self._lock:
+            self._looks_up_at = min(now + at_most, self._calls.next_deadline())
+            return max(0.0, self._looks_up_at - now)
+
+    def _tasks(self, instructions: Iterable[Instruction]) -> list[Task]:
+        tasks: list[Task] = []
+        for instruction in instructions:
+            with self._lock:
+                if isinstance(instruction, Complete):
+                    waiting = self._waiting.pop(instruction.call_id)
+                    tasks.append(partial(self._complete, waiting, instruction.error))
+                    continue
+                again = self._waiting.get(instruction.call_id)
+            if again is not None and again.frames is not None:
+                self._resend(instruction.call_id[0], again.frames)
+        return tasks
+
+    def _resend(self, to: WorkerId, frames: list[Any]) -> None:
+        try:
+            self._send(to, frames)
+        except RpcError as error:
+            # The call itself lives on: it ends with the loss of its worker, which is reported on its own, or with its last try.
+            _logger.debug("could not send again to worker %d: %s", to, error)
+
+    def submit(self, tasks: Iterable[Task]) -> None:
+        """Has ``tasks`` run on the threads of this worker; on this one if they have ended."""
+        for task in tasks:
+            try:
+                if self._executor is None:
+                    task()
+                else:
+                    self._executor.submit(task)
+            except ShutdownError:
+                task()
+
+    # Receiving.
+
+    def take_in(self, frames: Any, accepts: Callable[[WorkerId, int], bool] | None = None) -> Task | None:
+        """What is to be done about received frames. ``accepts`` tells whether an incarnation of a worker is to be heard."""
+        try:
+            envelope = decode(frames)
+        except ProtocolError as error:
+            # There is nobody to answer: who sent it, and for which call, is part of what could not be read.
+            _logger.warning("worker %s dropped a message that it cannot read: %s", self._me.name, error)
+            return None
+        source, incarnation = envelope.source, envelope.source_incarnation
+        if accepts is not None and not accepts(source, incarnation):
+            _logger.debug("dropped a %s of a former life of worker %d", envelope.type.name, source)
+            return None
+        if envelope.destination_incarnation not in (0, self._me.incarnation):
+            _logger.debug("dropped a %s that worker %d meant for a former worker", envelope.type.name, source)
+            return None
+        if envelope.type.is_response:
+            return self._take_answer(envelope)
+        with self._served_lock:
+            is_new = self._served.admit(source, incarnation, envelope.call_id)
+        if not is_new and envelope.type not in _IDEMPOTENT:
+            return None
+        return _Serving(self, envelope)
+
+    def forget(self, source: WorkerId, incarnation: int) -> None:
+        """Nothing more comes from this incarnation."""
+        with self._served_lock:
+            self._served.forget(source, incarnation)
+
+    def _take_answer(self, envelope: Envelope) -> Task | None:
+        call_id = (envelope.source, envelope.call_id)
+        with self._lock:
+            if not self._calls.answered(call_id):
+                return None
+            waiting = self._waiting.pop(call_id)
+        return partial(self._complete_with, waiting, envelope)
+
+    def _complete_with(self, waiting: _Waiting, envelope: Envelope) -> None:
+        self._complete(waiting, self._read(envelope))
+
+    def _read(self, envelope: Envelope) -> Reply:
+        """The reply in an envelope; an unreadable one is the call's failure."""
+        try:
+            command = parse(self._codec.message(envelope))
+        except ProtocolError as error:
+            return error
+        if isinstance(command, Failure) and command.code:
+            return error_class(command.code)(command.text)
+        return command
+
+    def _complete(self, waiting: _Waiting, reply: Reply) -> None:
+        try:
+            waiting.on_reply(reply)
+        finally:
+            self._count_client(-waiting.counted)
+
+    # Requests of others.
+
+    def serve(self, envelope: Envelope) -> None:
+        """Serves one request: the task that `take_in` returns for it."""
+        respond = _Respond(self, envelope)
+        try:
+            self._serve(envelope.source, self._codec.message(envelope), respond)
+        except RpcError as error:
+            respond.fail(error)
+        except Exception as error:
+            _logger.exception("worker %s failed to serve a %s", self._me.name, envelope.type.name)
+            respond.fail(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}"))
+        respond.defer()
+
+    def answer(self, request: Envelope, message: Message) -> None:
+        """Sends the answer to ``request``."""
+        to, incarnation, number = request.source, request.source_incarnation, request.call_id
+        try:
+            try:
+                frames = self._codec.encode(message, number, incarnation)
+            except RpcError as error:
+                # The result cannot travel, and the caller should know why.
+                frames = self._codec.encode(self.failure(error), number, incarnation)
+            self._send(to, frames)
+        except RpcError as error:
+            # The caller is gone, or this worker is: nobody waits for the answer.
+            _logger.debug("the answer to worker %d was not sent: %s", to, error)
+
+    def failure(self, error: RpcError) -> Message:
+        """The answer that says that a request has failed here."""
+        text = f"On WorkerInfo(id={self._me.worker_id}, name={self._me.name}): {error}"
+        return Failure(error.code, type(error).__qualname__, text).to_message()
+
+    # Counts.
+
+    def active_async(self) -> int:
+        """How many of the requests under way wait for something other than their handler, such as a future."""
+        with self._activity:
+            return self._server_deferred
+
+    def active(self) -> tuple[int, int]:
+        """How many calls of this worker, and how many requests of others, are under way."""
+        with self._activity:
+            return self._client_active, self._server_active
+
+    def wait_until_idle(self, deadline: float) -> bool:
+        """Waits until no call of this worker is under way; False if that was not so by ``deadline``."""
+        with self._activity:
+            while self._client_active:
+                # In short pieces, so that ^C is seen.
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._activity.wait(min(left, 0.5))
+            return True
+
+    def _count_client(self, change: int) -> None:
+        with self._activity:
+            self._client_active += change
+            self._activity.notify_all()
+
+    def count_server(self, active: int, deferred: int) -> None:
+        """Changes the number of requests under way, and of those among them whose handler has returned."""
+        with self._activity:
+            self._server_active += active
+            self._server_deferred += deferred
+
+    def late_and_duplicate(self) -> Mapping[str, int]:
+        """How many answers came too late, and how many requests came twice."""
+        return {"agent.late_replies": self._calls.late_replies, "agent.duplicate_requests": self._served.duplicates}
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """The task of serving one request; told apart from completions, since it is dropped when the worker shuts down."""
+
+    exchange: Exchange
+    envelope: Envelope
+
+    def __call__(self) -> None:
+        self.exchange.serve(self.envelope)
+
+
+class _Respond:
+    """Answers one request, once."""
+
+    def __init__(self, exchange: Exchange, request: Envelope) -> None:
+        self._exchange = exchange
+        self._request = request
+        self._counted = int(request.type not in _UNCOUNTED)
+        # Protects the two flags: the handler's thread may return while another one answers.
+        self._lock = threading.Lock()
+        self._is_answered = False
+        self._is_deferred = False
+        exchange.count_server(self._counted, 0)
+
+    def __call__(self, message: Message) -> None:
+        if not self._answer(message):
+            raise ProtocolError(f"call {self._request.call_id} of worker {self._request.source} was answered twice")
+
+    def fail(self, error: RpcError) -> None:
+        """Answers with ``error``, unless the request was answered before it was raised."""
+        self._answer(self._exchange.failure(error))
+
+    def defer(self) -> None:
+        """The handler has returned; if it has not answered, something else will."""
+        with self._lock:
+            self._is_deferred = not self._is_answered
+            if self._is_deferred:
+                self._exchange.count_server(0, self._counted)
+
+    def _answer(self, message: Message) -> bool:
+        with self._lock:
+            if self._is_answered:
+                return False
+            self._is_answered = True
+        try:
+            self._exchange.answer(self._request, message)
+        finally:
+            self._exchange.count_server(-self._counted, -self._counted if self._is_deferred else 0)
+        return True
+
+
+def is_request(task: Task) -> bool:
+    """Whether a task is the serving of a request that has not begun; what else `Exchange` makes is owed to callers here."""
+    return isinstance(task, _Serving)

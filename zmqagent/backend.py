@@ -1,0 +1,124 @@
+"""The backend as torch sees it: its registration, its options and its start. The only place that puts the parts together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.rpc as rpc
+from torch.distributed.rpc import backend_registry
+
+from zmqagent import torch_bindings
+from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
+from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.worker import Worker
+
+__all__ = ["NAME", "register", "replace_tensorpipe"]
+
+NAME = "ZMQ"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class _Process:
+    """What this process remembers between torch's calls."""
+
+    autograd_rank: int | None = None
+    """The rank of the last ``dist_autograd._init``, which torch calls before any agent exists and for whichever backend starts."""
+    profiler_node: int | None = None
+    replace_tensorpipe: bool = False
+
+
+_process = _Process()
+
+
+def register() -> None:
+    """Makes ``BackendType.ZMQ`` exist, in torch's own enum, so that members taken earlier stay valid. Harmless when repeated."""
+    torch_bindings.install(
+        {
+            "_init": _record_autograd_rank,
+            "_set_profiler_node_id": _record_profiler_node,
+            "init_backend": _init_backend,
+            "register_backend": _register_backend,
+        }
+    )
+    if not backend_registry.backend_registered(NAME):
+        _register_backend(NAME, _construct_options, _init_zmq)
+
+
+def replace_tensorpipe() -> None:
+    """From now on a script of this process that names TENSORPIPE, or no backend, gets ZMQ."""
+    register()
+    _process.replace_tensorpipe = True
+
+
+def _register_backend(name: str, construct_options: Callable[..., Any], init: Callable[..., Any]) -> Any:
+    """torch's ``register_backend``, except that the enum keeps its identity: torch makes a new one, and every member that
+    anybody holds becomes invalid."""
+    backend_type = backend_registry.BackendType
+    if backend_registry.backend_registered(name):
+        raise RuntimeError(f"RPC backend {name}: already registered")
+    value = backend_registry.BackendValue(construct_options, init)
+    member = object.__new__(backend_type)
+    member._name_ = name
+    member._value_ = value
+    member.__objclass__ = backend_type
+    member._sort_order_ = len(backend_type)
+    backend_type._member_names_.append(name)
+    backend_type._member_map_[name] = member
+    backend_type._value2member_map_[value] = member
+    # Enum refuses assignments to members; type's own does not.
+    type.__setattr__(backend_type, name, member)
+    return member
+
+
+def _record_autograd_rank(rank: int) -> None:
+    _process.autograd_rank = rank
+
+
+def _record_profiler_node(node: int) -> None:
+    _process.profiler_node = node
+
+
+def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's ``init_backend``. For other backends it first makes the two calls of torch's that were only recorded."""
+    if _process.replace_tensorpipe and backend.name == "TENSORPIPE":
+        backend = backend_registry.BackendType[NAME]
+    if backend.name != NAME:
+        if _process.autograd_rank is not None:
+            torch_bindings.original("_init")(_process.autograd_rank)
+        if _process.profiler_node is not None:
+            torch_bindings.original("_set_profiler_node_id")(_process.profiler_node)
+    return torch_bindings.original("init_backend")(backend, *args, **kwargs)
+
+
+def _construct_options(rpc_timeout: float, init_method: str, **kwargs: Any) -> ZmqRpcBackendOptions:
+    return ZmqRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **kwargs)
+
+
+def _init_zmq(
+    store: dist.Store, name: str, rank: int, world_size: int | None, rpc_backend_options: rpc.RpcBackendOptions
+) -> Any:
+    """Starts a worker and returns its agent, as ``init_rpc`` expects of a backend."""
+    if not isinstance(store, dist.Store):
+        raise InvalidTypeError(f"`store` must be a c10d::Store. {store}")
+    if isinstance(rpc_backend_options, rpc.TensorPipeRpcBackendOptions):
+        rpc_backend_options = ZmqRpcBackendOptions.from_tensorpipe(rpc_backend_options)
+    if not isinstance(rpc_backend_options, ZmqRpcBackendOptions):
+        raise InvalidTypeError(
+            "`rpc_backend_options` must be a `ZmqRpcBackendOptions` or a `TensorPipeRpcBackendOptions`, but got "
+            f"{type(rpc_backend_options).__qualname__}"
+        )
+    if not world_size:
+        raise InvalidOptionError(
+            "world_size must be given: this release of zmqagent runs groups whose workers are all known when they start"
+        )
+    if not 0 <= rank < world_size:
+        raise InvalidOptionError(
+            f"rank {rank} of worker {name!r} lies outside 0 to {world_size - 1}, the ranks of a group of {world_size}"
+        )
+    return Worker.start(store, name, rank, world_size, rpc_backend_options).agent

@@ -1,0 +1,31 @@
+"""What a reply means to the future that waits for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.futures import Future
+
+from zmqagent.agent.base import Reply
+from zmqagent.exceptions import ProtocolError, RpcError
+from zmqagent.rpc import pickler
+from zmqagent.rpc.failures import Failed
+from zmqagent.wire.commands import Failure, Return
+
+__all__ = ["complete"]
+
+
+def complete(future: Future[Any], reply: Reply) -> None:
+    """Gives ``future`` (made by `new_future`) the value that ``reply`` brought, or what makes its ``wait`` raise."""
+    future.set_result(_value(reply))
+
+
+def _value(reply: Reply) -> Any:
+    if isinstance(reply, (RpcError, Failure)):
+        return Failed.by(reply)
+    if not isinstance(reply, Return):
+        return Failed.by(ProtocolError(f"a call was answered by a {type(reply).__name__}, which is no result"))
+    try:
+        return pickler.loads(reply.body)
+    except RpcError as error:
+        return Failed.by(error)

@@ -1,0 +1,176 @@
+"""One worker of a group in this process: every part of it, put together, and what it lends torch in place of torch's own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
+
+import torch.distributed as dist
+
+from zmqagent import torch_bindings
+from zmqagent.agent.agent import ZmqRpcAgent
+from zmqagent.agent.membership import check_group, check_name, check_worker_id
+from zmqagent.agent.rendezvous import Rendezvous
+from zmqagent.autograd.container import DistAutogradContainer
+from zmqagent.autograd.engine import DistEngine
+from zmqagent.exceptions import AlreadyInitializedError, RpcError, ShutdownError
+from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.rpc.invoke import CallPickler, Invoker
+from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.request_callback import RpcRequestCallback
+from zmqagent.rpc.rref_calls import RpcRRefCalls
+from zmqagent.rref.context import RRefContext
+from zmqagent.transport.hosts import describe_self, host_identity, local_address_towards
+from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.wire.types import WorkerId
+
+__all__ = ["Worker"]
+
+_INCARNATION_BITS = 63
+
+
+class Worker:
+    """All parts of one worker. `start` joins the group; torch's ``shutdown`` ends it through the names in `replacements`."""
+
+    def __init__(self, agent: ZmqRpcAgent) -> None:
+        self.agent = agent
+        self._contexts = DistAutogradContainer(agent)
+        self._engine = DistEngine(self._contexts, agent)
+        messenger = Messenger(agent, self._contexts)
+        self._rrefs = RRefContext(agent, RpcRRefCalls(agent, messenger, self._engine))
+        self._invoker = Invoker(messenger, self._rrefs)
+        self._callback = RpcRequestCallback(agent, messenger, self._contexts, self._engine, self._rrefs)
+
+    @classmethod
+    def start(cls, store: dist.Store, name: str, rank: int, world_size: int, options: ZmqRpcBackendOptions) -> Worker:
+        """Finds the group through ``store`` and starts to serve it.
+
+        Raises:
+            RendezvousError: somebody did not come in time, or could not join.
+            InvalidOptionError, InvalidTypeError: a name, a rank or an option that is illegal, or that two workers share.
+        """
+        rendezvous = Rendezvous(store, name, rank, world_size, options.rpc_timeout)
+        try:
+            check_name(name)
+            check_worker_id(rank, world_size)
+            hosts = rendezvous.hosts(host_identity())
+            incarnation = random.SystemRandom().getrandbits(_INCARNATION_BITS)
+            transport = _bind(options, incarnation, share_host=len(set(hosts)) == 1)
+        except RpcError as error:
+            rendezvous.refuse(error)
+            raise
+        try:
+            me = describe_self(name, WorkerId(rank), incarnation, transport.addresses)
+            records = rendezvous.records(me)
+            check_group(records, world_size)
+            worker = cls(ZmqRpcAgent(me, transport, options))
+            # Before the first request is served: what it runs may make calls of its own.
+            torch_bindings.activate(worker.replacements())
+            worker.agent.start(records, worker._callback, worker._on_worker_lost)
+        except BaseException:
+            torch_bindings.deactivate()
+            transport.close(linger=0)
+            raise
+        return worker
+
+    def _on_worker_lost(self, worker_id: WorkerId, error: RpcError) -> None:
+        self._engine.on_worker_lost(worker_id, error)
+        self._contexts.release_opened_by(worker_id, error)
+        self._rrefs.on_worker_lost(worker_id, error)
+
+    def replacements(self) -> Mapping[str, Any]:
+        """What takes the place of torch's functions while this worker runs, by `Seam.key`."""
+        return {**self._agent_names(), **self._call_names(), **self._rref_names(), **self._autograd_names()}
+
+    def _agent_names(self) -> dict[str, Any]:
+        agent = self.agent
+        return {
+            "_get_current_rpc_agent": lambda: agent,
+            "_is_current_rpc_agent_set": lambda: True,
+            "_reset_current_rpc_agent": self._end,
+            "_cleanup_python_rpc_handler": lambda: None,
+            "get_rpc_timeout": agent.get_rpc_timeout,
+            "_set_rpc_timeout": agent.set_rpc_timeout,
+        }
+
+    def _call_names(self) -> dict[str, Any]:
+        pickler = CallPickler(self._rrefs)
+        return {
+            "_default_pickler": pickler,
+            "_internal_rpc_pickler": pickler,
+            "_invoke_rpc_builtin": self._invoker.rpc_builtin,
+            "_invoke_rpc_python_udf": self._invoker.rpc_python_udf,
+            "_invoke_rpc_torchscript": self._invoker.rpc_torchscript,
+            "_invoke_remote_builtin": self._invoker.remote_builtin,
+            "_invoke_remote_python_udf": self._invoker.remote_python_udf,
+            "_invoke_remote_torchscript": self._invoker.remote_torchscript,
+        }
+
+    def _rref_names(self) -> dict[str, Any]:
+        rrefs = self._rrefs
+
+        def delete_all(timeout: timedelta = timedelta(seconds=100)) -> None:
+            rrefs.delete_all_users_and_unforked_owners(timeout.total_seconds())
+
+        def new_rref(cls: type, value: Any, type_hint: Any = None) -> Any:
+            return rrefs.local(value, type_hint)
+
+        return {
+            "RRef.__new__": new_rref,
+            "PyRRef._deserialize": rrefs.unpickle,
+            "_delete_all_user_and_unforked_owner_rrefs": delete_all,
+            "_destroy_rref_context": rrefs.destroy,
+            "_rref_context_get_debug_info": rrefs.debug_info,
+        }
+
+    def _autograd_names(self) -> dict[str, Any]:
+        contexts, engine = self._contexts, self._engine
+        return {
+            "_init": self._init_autograd,
+            "_new_context": contexts.new_context,
+            "_release_context": contexts.release_context,
+            "_retrieve_context": contexts.retrieve_context,
+            "_current_context": contexts.current_context,
+            "_is_valid_context": contexts.is_valid_context,
+            "_get_max_id": contexts.get_max_id,
+            "_get_debug_info": contexts.debug_info,
+            "backward": engine.backward,
+            "get_gradients": functools.partial(_gradients, contexts),
+        }
+
+    def _init_autograd(self, worker_id: int) -> None:
+        if worker_id != self.agent.worker_id:
+            raise AlreadyInitializedError(
+                f"Container is already initialized with worker_id: {self.agent.worker_id}, cannot initialize with different "
+                f"worker_id: {worker_id}"
+            )
+
+    def _end(self) -> None:
+        """The last step of torch's ``shutdown``: the agent has ended."""
+        self._contexts.close(ShutdownError(f"worker {self.agent.get_worker_info().name} has shut down"))
+        torch_bindings.deactivate()
+
+
+def _gradients(contexts: DistAutogradContainer, context_id: int) -> Any:
+    return contexts.retrieve_context(context_id).gradients()
+
+
+def _bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> ZmqTransport:
+    """A transport on which this worker can be reached: a Unix socket alone if all workers share a host, TCP otherwise."""
+    ipc = options.transport != "tcp"
+    tcp = options.transport == "tcp" or (options.transport == "auto" and not share_host)
+    if not tcp:
+        return ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
+    address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
+    return ZmqTransport(ipc=ipc, tcp_host=address, incarnation=incarnation)
+
+
+def _store_host(init_method: str) -> str:
+    """The host of the rendezvous store; empty if it is a file."""
+    url = urlparse(init_method)
+    return os.environ.get("MASTER_ADDR", "") if url.scheme == "env" else url.hostname or ""
