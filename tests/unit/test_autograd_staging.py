@@ -111,13 +111,13 @@ class Program:
         self.roots: list[list[Tensor]] = []
         for _ in range(rng.randint(3, 30)):
             self._grow()
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(1, 6)):
             self._send()
         self.gradients = [[random_tensor(rng).reshape(-1)[: t.numel()].reshape(t.shape) for t in root] for root in self.roots]
 
     def _pick(self) -> Tensor:
         # Recent tensors more often, so that graphs get deep.
-        return self._pool[-1 - min(int(self._rng.expovariate(0.4)), len(self._pool) - 1)]
+        return self._pool[-1 - min(int(self._rng.expovariate(0.2)), len(self._pool) - 1)]
 
     def _hang_hooks_on(self, leaf: Tensor, name: str) -> None:
         rng, log = self._rng, self.log
@@ -134,7 +134,7 @@ class Program:
 
     def _grow(self) -> None:
         rng = self._rng
-        kind = rng.randrange(13)
+        kind = max(rng.randrange(-2, 13), 0)
         a, b = self._pick(), self._pick()
         name = f"f{len(self._pool)}"
         new: Sequence[Tensor]
@@ -178,7 +178,8 @@ class Program:
         self._pool.extend(tensor.sin() if tensor.detach().abs().max() > 1.5 else tensor for tensor in new)
 
     def _send(self) -> None:
-        tensors = [self._pick() for _ in range(self._rng.randint(1, 3))]
+        # From anywhere, so that a recv is often reached by some roots and not by others: that is what makes stages.
+        tensors = self._rng.choices(self._pool, k=self._rng.choice([1, 1, 2]))
         self.roots.append(tensors if self._rng.random() < 0.8 else [tensors[0].sum()])
 
 
