@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed.rpc
-
 __all__ = ["FUNCTIONS", "METHODS", "SWAPS", "activate", "deactivate", "install", "is_active", "original", "uninstall"]
 
 _RPC = "torch._C._distributed_rpc"
 _AUTOGRAD = "torch._C._distributed_autograd"
 _REGISTRY = "torch.distributed.rpc.backend_registry"
+_FUTURES = "torch.futures"
 _API = "torch.distributed.rpc.api"
 
 
@@ -79,12 +78,15 @@ FUNCTIONS: tuple[Seam, ...] = (
     Seam(_AUTOGRAD, "get_gradients"),
     Seam(_REGISTRY, "init_backend"),
     Seam(_REGISTRY, "register_backend"),
+    Seam(_FUTURES, "collect_all"),
+    Seam(_FUTURES, "wait_all"),
 )
 """Functions, rebound wherever a module holds them."""
 
 METHODS: tuple[Seam, ...] = (
     Seam(_API, "__new__", owner="RRef"),
     Seam(_RPC, "_deserialize", owner="PyRRef"),
+    Seam(_RPC, "set_current_profiling_key", owner="RemoteProfilerManager"),
 )
 """Static methods, rebound on their class."""
 
@@ -107,8 +109,8 @@ _swapped: dict[Seam, Any] = {}
 def install(standing: Mapping[str, Callable[..., Any]]) -> None:
     """Puts a dispatcher in place of every function and method of the table. Does nothing if that was done before.
 
-    ``standing`` are replacements, by `Seam.key`, that hold whether an agent of this package runs or not; they reach torch's function
-    through `original`.
+    ``standing`` are replacements, by `Seam.key`, that hold whether an agent of this package runs or not; they reach torch's
+    function through `original`.
     """
     global _standing, _replacements
     with _lock:

@@ -20,6 +20,7 @@ from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import AlreadyInitializedError, RpcError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.rpc.futures import collect_all, wait_all
 from zmqagent.rpc.invoke import CallPickler, Invoker
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.request_callback import RpcRequestCallback
@@ -96,6 +97,7 @@ class Worker:
             "_cleanup_python_rpc_handler": lambda: None,
             "get_rpc_timeout": agent.get_rpc_timeout,
             "_set_rpc_timeout": agent.set_rpc_timeout,
+            "enable_gil_profiling": agent.enable_gil_profiling,
         }
 
     def _call_names(self) -> dict[str, Any]:
@@ -109,6 +111,10 @@ class Worker:
             "_invoke_remote_builtin": self._invoker.remote_builtin,
             "_invoke_remote_python_udf": self._invoker.remote_python_udf,
             "_invoke_remote_torchscript": self._invoker.remote_torchscript,
+            # The key ties remote events to a call; only calls that are profiled remotely need it.
+            "RemoteProfilerManager.set_current_profiling_key": lambda key: None,
+            "collect_all": collect_all,
+            "wait_all": wait_all,
         }
 
     def _rref_names(self) -> dict[str, Any]:

@@ -36,6 +36,9 @@ _logger = logging.getLogger(__name__)
 
 OnWorkerLost = Callable[[WorkerId, RpcError], None]
 
+_GROUP_ENDED = "the group has ended"
+"""The reason of a goodbye after the last barrier. What such a worker holds is not reclaimed: it must have let it go before."""
+
 _LONGEST_WAIT = 1.0
 """Seconds after which receiving looks up in any case. A call whose deadline is later than that needs no wake-up of its own."""
 
@@ -68,6 +71,7 @@ class ZmqRpcAgent:
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
         self._joins = 0
+        self._has_ended = False
         # Lets one thread through to shut down.
         self._shutdown_lock = threading.Lock()
         self._is_shut_down = False
@@ -156,6 +160,10 @@ class ZmqRpcAgent:
         """Sets the default timeout of later calls; 0 for none."""
         self._rpc_timeout = float(seconds)
 
+    def enable_gil_profiling(self, flag: bool) -> None:
+        """Begins, or ends, to measure how long threads that serve requests wait for the interpreter's lock."""
+        self._exchange.gil.is_enabled = flag
+
     def get_metrics(self) -> dict[str, str]:
         """torch's metrics of an agent, and how many messages came late or twice."""
         client, server = self._exchange.active()
@@ -166,6 +174,7 @@ class ZmqRpcAgent:
             "agent.server_active_calls": server,
             "agent.server_active_async_calls": self._exchange.active_async(),
             **self._exchange.late_and_duplicate(),
+            **self._exchange.gil.metrics(),
         }
         return {name: str(value) for name, value in metrics.items()}
 
@@ -206,6 +215,7 @@ class ZmqRpcAgent:
                 break
         if shutdown:
             self._group.end()
+            self._has_ended = True
 
     def shutdown(self) -> None:
         """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent."""
@@ -214,7 +224,7 @@ class ZmqRpcAgent:
                 return
             self._is_shut_down = True
         reason = ShutdownError(f"worker {self._me.name} shut down")
-        self._group.leave("it shut down")
+        self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
             self._interrupts.close()
         left = self._executor.close()
@@ -254,6 +264,8 @@ class ZmqRpcAgent:
         worker_id = gone.record.worker_id
         self._exchange.worker_lost(worker_id, gone.error)
         self._exchange.forget(worker_id, gone.record.incarnation)
+        if self._group.find(worker_id).reason == _GROUP_ENDED:
+            return
 
         def tell() -> None:
             if self._on_worker_lost is not None:

@@ -21,6 +21,7 @@ from zmqagent.agent.base import OnReply, Reply, RequestCallback
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
 from zmqagent.agent.executor import Executor, Task
+from zmqagent.agent.gil import GilProfiler
 from zmqagent.agent.served import Served
 from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, ShutdownError, error_class
 from zmqagent.transport.base import PeerRecord, Transport
@@ -72,6 +73,7 @@ class Exchange:
         self._serve = serve
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
+        self.gil = GilProfiler()
         # Protects _calls, _waiting, _numbers and _looks_up_at; held for single steps of the machine.
         self._lock = threading.Lock()
         self._calls = Calls()
@@ -273,6 +275,8 @@ class Exchange:
 
     def serve(self, envelope: Envelope) -> None:
         """Serves one request: the task that `take_in` returns for it."""
+        if self.gil.is_enabled:
+            self.gil.sample()
         respond = _Respond(self, envelope)
         try:
             self._serve(envelope.source, self._codec.message(envelope), respond)

@@ -110,7 +110,8 @@ class Executor:
             # Serves until close, or until it is surplus. A daemon: a script that never calls shutdown() must still exit.
             thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            # Under the lock, so that close never meets a thread that has not started.
+            thread.start()
 
     def _serve(self) -> None:
         try:

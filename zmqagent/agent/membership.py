@@ -35,7 +35,6 @@ from zmqagent.agent.membership_events import (
     GroupEnding,
     Instruction,
     Joined,
-    Leaving,
     Lost,
     Member,
     MemberState,
@@ -162,8 +161,7 @@ class Membership:
             case GroupEnding():
                 self._ending = True
                 return []
-            case Leaving():
-                return self._leave(event.reason, now)
+        return self._leave(event.reason, now)
 
     def _join(self, record: PeerRecord, now: float) -> list[Instruction]:
         old = self._members.get(record.worker_id)

@@ -32,10 +32,19 @@ def describe_exception(error: BaseException, worker: str) -> Failure:
 
     Logs the text as an error, so that it can be read on the worker where it happened, as with torch.
     """
-    text = f"On {worker}:\n{error!r}\n{''.join(traceback.format_exception(type(error), error, error.__traceback__))}"
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    text = f"On {worker}:\n{_unescaped(repr(error))}\n{trace}"
     _logger.error("%s", text)
     kind = type(error)
     return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
+
+
+def _unescaped(text: str) -> str:
+    """``text`` with the escapes of `repr` resolved, so that a message of several lines reads as such."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        return text
 
 
 def describe_error(error: RpcError, worker: str) -> Failure:

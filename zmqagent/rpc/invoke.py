@@ -17,7 +17,7 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, ScriptError
+from zmqagent.exceptions import ProtocolError, RpcError, ScriptError, WorkerLostError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
@@ -162,6 +162,11 @@ class Invoker:
     ) -> None:
         try:
             self._messenger.send(to, message, on_reply, timeout=timeout, attach_always=attach_always)
+        except WorkerLostError as error:
+            # No fault of the caller's: it learns of it where it would learn of a loss a moment later.
+            call.forks.cancel()
+            on_reply(error)
+            return
         except BaseException:
             call.forks.cancel()
             raise
