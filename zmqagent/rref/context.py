@@ -197,8 +197,12 @@ class RRefContext:
     def unpickle(self, data: ForkData) -> RRef:
         """The RRef for a share that a message brought: ``PyRRef._deserialize``.
 
+        Inside an `unpickling` scope an RRef of this worker's that is no more is rebuilt with the error in place of its value, and
+        `when_confirmed` reports the error.
+
         Raises:
             RRefUsageError: the share was unpickled before, or this worker owned the RRef and has deleted it.
+            RRefCreationError: the ``remote`` call that was to create the RRef here has failed.
             ShutdownError: RPC has shut down on this worker.
         """
         owner_id, rref_id, fork_id, parent = unpack_fork(data)
@@ -217,13 +221,23 @@ class RRefContext:
             owners.append(self._owner(rref_id, created=False))
             return events.OwnerUnpickled(rref_id, fork_id, parent, owners[0], owners[0].created)
 
-        self._shell.step(unpickled)
+        try:
+            self._shell.step(unpickled)
+        except RpcError as error:
+            scope = current_pending()
+            if scope is None:
+                raise
+            # Its traceback holds this frame, hence the owner: without it, reference counting suffices to free them.
+            scope.error = error.with_traceback(None)
+            owners[0].set_error(error)
         return RRef(owners[0], self)
 
     def when_confirmed(self, pending: PendingUsers, callback: OnConfirmed) -> None:
         """Calls ``callback(None)`` once the owners know of all ``pending`` users, or ``callback(error)`` if one of them never
         will: now, or later on a thread of the agent."""
-        if pending.fork_ids:
+        if pending.error is not None:
+            callback(pending.error)
+        elif pending.fork_ids:
             self._shell.handle(events.ConfirmationAwaited(callback, tuple(pending.fork_ids)))
         else:
             callback(None)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch.distributed.rpc import PyRRef  # type: ignore[attr-defined]  # torch lists its exports at run time
+from torch.distributed.rpc import PyRRef
 
+from zmqagent.exceptions import RpcError
 from zmqagent.rref.events import MintedFork
 from zmqagent.wire.types import ForkId, RRefId, WorkerId
 
@@ -55,13 +56,14 @@ class _Settler(Protocol):
 class Forks:
     """The forks minted while one message was pickled. As a context manager it collects them; if the body raises, it cancels them.
 
-    Afterwards the message is sent or not: say so once, by `sent_to` or `cancel`. Forks that are never settled work, but do not
-    end with the death of the worker that got them.
+    Afterwards the message is sent or not: say so by `sent_to` or `cancel`. Forks that are never settled work, but do not end with
+    the death of the worker that got them. `cancel` after `sent_to` says that the receiver could not unpickle the message.
     """
 
     def __init__(self, settle: _Settler) -> None:
         self._settle = settle
         self._minted: list[MintedFork] = []
+        self._sent = False
 
     def __enter__(self) -> Forks:
         _scopes.pickling.append(self)
@@ -80,17 +82,17 @@ class Forks:
         self._minted.append(fork)
 
     def sent_to(self, to: WorkerId) -> None:
-        """The message was accepted for sending to ``to``. A second call changes nothing."""
-        self._settle_once(to)
+        """The message was accepted for sending to ``to``. A second call, or one after `cancel`, changes nothing."""
+        if self._minted and not self._sent:
+            self._settle(tuple(self._minted), to)
+        self._sent = True
 
     def cancel(self) -> None:
-        """The message will never be sent. A second call, or one after `sent_to`, changes nothing."""
-        self._settle_once(None)
-
-    def _settle_once(self, to: WorkerId | None) -> None:
+        """Nobody will ever hold these forks: the message is not sent, or its receiver has said that it cannot unpickle it.
+        (Shares that it did unpickle before it failed die there, and are none the worse.) A second call changes nothing."""
         minted, self._minted = tuple(self._minted), []
         if minted:
-            self._settle(minted, to)
+            self._settle(minted, None)
 
 
 class PendingUsers:
@@ -99,6 +101,8 @@ class PendingUsers:
     def __init__(self, unpickle: Callable[[ForkData], Any]) -> None:
         self.unpickle = unpickle
         self.fork_ids: list[ForkId] = []
+        # An RRef that is no more stops the function, not the unpickling: the shares behind it would never be claimed.
+        self.error: RpcError | None = None
 
 
 def current_forks() -> Forks | None:

@@ -182,9 +182,12 @@ class OwnerLedger:
         if event.fork_id.created_on == self._worker_id or event.fork_id in self._deleted_forks:
             return []  # a second copy
         self._deleted_forks.add(event.fork_id, now)
-        if record is None or record.created:
+        if record is not None and record.created:
             return []
         # Users delete a fork only when the owner has answered for it, with one exception: a creator whose remote() failed.
+        if record is None:
+            self._gone.add(event.rref_id, now)
+            return []
         return self._abandon(event.rref_id, record, RRefCreationError(CREATION_TIMED_OUT), now)
 
     def self_remote_ended(self, event: SelfRemoteEnded, now: float) -> list[Instruction]:
@@ -254,7 +257,7 @@ class OwnerLedger:
         if record.forks or record.awaited:
             return []
         del self._records[rref_id]
-        if record.created:
+        if record.created or record.abandoned:
             self._gone.add(rref_id, now)
         return [Release(record.owner)]
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed.rpc as torch_rpc
-from torch.distributed.rpc import WorkerInfo, internal  # type: ignore[attr-defined]  # torch lists its exports at run time
+from torch.distributed.rpc import WorkerInfo, internal
 from torch.distributed.rpc.api import _rref_typeof_on_owner, _rref_typeof_on_user
 from torch.distributed.rpc.rref_proxy import RRefProxy
 from torch.futures import Future
@@ -273,15 +273,15 @@ class RRef:
 
     def rpc_sync(self, timeout: float = UNSET_TIMEOUT) -> RRefProxy:
         """A proxy whose methods are the value's, run on the owner by ``rpc_sync``."""
-        return _proxy(self, torch_rpc.rpc_sync, timeout)
+        return RRefProxy(self, torch_rpc.rpc_sync, timeout)
 
     def rpc_async(self, timeout: float = UNSET_TIMEOUT) -> RRefProxy:
         """A proxy whose methods are the value's, run on the owner by ``rpc_async``."""
-        return _proxy(self, torch_rpc.rpc_async, timeout)
+        return RRefProxy(self, torch_rpc.rpc_async, timeout)
 
     def remote(self, timeout: float = UNSET_TIMEOUT) -> RRefProxy:
         """A proxy whose methods are the value's, run on the owner by ``remote``."""
-        return _proxy(self, torch_rpc.remote, timeout)
+        return RRefProxy(self, torch_rpc.remote, timeout)
 
     def backward(self, dist_autograd_ctx_id: int = -1, retain_graph: bool = False) -> None:
         """Runs a backward pass from the value, on its owner.
@@ -357,17 +357,13 @@ class RRef:
             raise RRefUsageError(f"{rref} has been deleted. {complaint}")
 
     def _profiled_to_here(self) -> contextlib.AbstractContextManager[Any]:
-        if not torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # torch fills this module at run time
+        if not torch.autograd._profiler_enabled():
             return contextlib.nullcontext()
         me = self._home.worker_name(self._home.worker_id)
         return torch.autograd.profiler.record_function(f"to_here#({me})->({self.owner_name()})")
 
     def _worker_info(self, worker_id: WorkerId) -> WorkerInfo:
         return WorkerInfo(self._home.worker_name(worker_id), worker_id)
-
-
-def _proxy(rref: RRef, rpc_api: Callable[..., Any], timeout: float) -> RRefProxy:
-    return RRefProxy(rref, rpc_api, timeout)  # type: ignore[no-untyped-call]
 
 
 def _has_failed(future: Future[Any]) -> bool:

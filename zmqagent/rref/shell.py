@@ -42,7 +42,7 @@ class ProtocolShell:
         self._requester = requester
         self._clock = clock
         # Protects the protocol, and whatever callers of `locked` keep in step with it. Held for one event at a time, never while
-        # anything outside is called. Reentrant only so that `locked` notices a finalizer which the collector of garbage runs inside.
+        # anything outside is called. Reentrant only so that `locked` notices a finalizer that garbage collection runs inside it.
         self._lock = threading.RLock()
         self._busy = False
         # On the same lock: notified after each event, waited for at shutdown.
