@@ -373,5 +373,5 @@ class TestChecks:
             check_group([record(0, name="a"), record(1, name="a")])
 
     def test_two_workers_of_one_id_are_refused(self) -> None:
-        with pytest.raises(InvalidOptionError, match="Worker id 1 is not unique. Workers a and b share it"):
+        with pytest.raises(InvalidOptionError, match=r"Worker id 1 is not unique\. Workers a and b share it"):
             check_group([record(1, name="a"), record(1, name="b")])

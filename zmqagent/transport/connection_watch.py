@@ -129,6 +129,8 @@ class ConnectionWatch:
         self._monitor.setsockopt(zmq.LINGER, 0)
         self._selector.register(self._monitor, selectors.EVENT_READ, self._readable)
         self._control = control
+        # Making the socket may have taken in its descriptor's first signal.
+        self._readable(0.0)
         return control
 
     def _readable(self, now: float) -> None:

@@ -21,10 +21,10 @@ import os
 import selectors
 import threading
 import time
-import weakref
 from queue import Empty, SimpleQueue
 
 import zmq
+import zmq.utils.garbage  # For its exit handler to be registered before, and hence run after, the one at the end of this file.
 
 from zmqagent.exceptions import InvalidOptionError, ShutdownError, UnknownWorkerError, WorkerLostError
 from zmqagent.transport.base import Event, Frames, PeerDown, PeerRecord, Received, Transport
@@ -313,11 +313,13 @@ def _nothing_but_wake(_now: float) -> None:
     """For the descriptor of the PULL socket: the next round receives."""
 
 
-# The transports that were not closed, for the exit of the interpreter: their contexts' end would wait for them.
-_open_transports: weakref.WeakSet[ZmqTransport] = weakref.WeakSet()
+# Keeps a transport that nobody closes until the interpreter ends. The collector must not find one: it may end a context before
+# the context's sockets, and libzmq then waits for those for ever.
+_open_transports: set[ZmqTransport] = set()
 
 
 @atexit.register
 def _close_all() -> None:
+    # Before pyzmq's own handler: that one frees the memory of frames which libzmq may still be sending.
     for transport in list(_open_transports):
         transport.close(linger=0)
