@@ -1,11 +1,11 @@
 """What this worker asked others and has not been answered yet: deadlines, retries, late replies.
 
-Pure: a machine that is told what happened, with the time at which it did, and says what is to be done (`Instruction`). Its methods
-are its events; they are on the path of every call, and an object for each would cost as much as the rest.
+Pure: a machine that is told what happened, with the time at which it did, and says what is to be done (`Instruction`). Its
+methods are its events; they are on the path of every call, and an object for each would cost as much as the rest.
 
-A call ends exactly once, by the first of: its answer, its deadline, the loss of its worker, ^C, the end of the agent. Whatever comes
-later for it is counted and dropped. An idempotent call has tries instead of a deadline: it is sent again after 1 s, 1.5 s, 2.25 s ...
-(torch's schedule) until an answer comes or the tries are used up.
+A call ends exactly once, by the first of: its answer, its deadline, the loss of its worker, ^C, the end of the agent. Whatever
+comes later for it is counted and dropped. An idempotent call is sent again after 1 s, 1.5 s, 2.25 s ... (torch's schedule) until
+an answer comes. Its timeout begins with the last try: a living worker that is slow to answer must not cost an RRef.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class Calls:
         """How many answers came for calls that had ended, or came twice."""
         return self._late
 
-    def start(
-        self, call_id: CallId, worker: str, what: str, *, timeout: float, retry: bool, now: float
-    ) -> None:
+    def start(self, call_id: CallId, worker: str, what: str, *, timeout: float, retry: bool, now: float) -> None:
         """A call begins. ``worker`` and ``what`` name its destination and its kind in errors; ``retry``: it is idempotent."""
         wait = _FIRST_PAUSE if retry else timeout
         call = self._calls[call_id] = _Call(worker, what, timeout, now + wait, 1 if retry else 0)
@@ -111,8 +109,9 @@ class Calls:
             _, call_id = heapq.heappop(self._deadlines)
             call = self._calls[call_id]
             if 0 < call.tries < MAX_TRIES:
-                call.deadline = now + _FIRST_PAUSE * _BACKOFF**call.tries
+                pause = _FIRST_PAUSE * _BACKOFF**call.tries
                 call.tries += 1
+                call.deadline = now + (pause if call.tries < MAX_TRIES else max(pause, call.timeout))
                 self._await(call_id, call)
                 done.append(Resend(call_id))
             else:
@@ -122,13 +121,17 @@ class Calls:
     def worker_lost(self, worker_id: WorkerId, reason: RpcError) -> list[Instruction]:
         """No answer will come from ``worker_id`` any more, for ``reason`` (whose class the errors of its calls have)."""
         return [
-            self._fail(call_id, _no_answer(call, reason)) for call_id, call in list(self._calls.items()) if call_id[0] == worker_id
+            self._fail(call_id, _no_answer(call, reason))
+            for call_id, call in list(self._calls.items())
+            if call_id[0] == worker_id
         ]
 
     def interrupted(self) -> list[Instruction]:
         """^C: whoever waits is to be let go."""
         return [
-            self._fail(call_id, InterruptedCallError(f"^C ended the wait for the answer to a {call.what} to worker {call.worker}"))
+            self._fail(
+                call_id, InterruptedCallError(f"^C ended the wait for the answer to a {call.what} to worker {call.worker}")
+            )
             for call_id, call in list(self._calls.items())
         ]
 
@@ -160,6 +163,6 @@ def _timeout_error(call: _Call) -> RpcError:
         )
     return RpcTimeoutError(
         f"RPC ran for more than set timeout ({round(call.timeout * 1000)} ms) and will now be marked with an error. It was a "
-        f"{call.what} to worker {call.worker}, which may still run it. Give it more time with timeout= (seconds; 0 for no limit) or "
-        "rpc_timeout."
+        f"{call.what} to worker {call.worker}, which may still run it. Give it more time with timeout= (seconds; 0 for no limit) "
+        "or rpc_timeout."
     )

@@ -1,7 +1,7 @@
 """Which requests of others have been taken in: each is served once, however often it arrives.
 
-Pure. A caller numbers its requests to one worker upwards, so what was taken in from one incarnation is a number up to which everything
-was, and a set of the few above it.
+Pure. A caller numbers its requests to one worker upwards, so what was taken in from one incarnation is a number up to which
+everything was, and a set of the few above it.
 """
 
 from __future__ import annotations
