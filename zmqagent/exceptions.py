@@ -10,7 +10,8 @@
     │   ├── InvalidTypeError (TypeError)      4  an argument of the wrong type
     │   ├── UnknownWorkerError                5  a destination that is no member of the group
     │   ├── RendezvousError                   6  init_rpc could not bring the group together
-    │   ├── NotPicklableError                 7  arguments or a result that pickle refuses
+    │   ├── NotPicklableError (PicklingError, TypeError, AttributeError)
+    │   │                                     7  arguments or a result that pickle refuses
     │   ├── RRefUsageError                    8  an RRef used against its rules
     │   ├── AutogradContextError              9  a context that is missing, or a second one on a thread
     │   ├── BackwardError                    10  roots or graph that backward cannot start from

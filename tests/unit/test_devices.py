@@ -1,0 +1,101 @@
+"""`zmqagent.agent.devices`: device maps of a whole group are checked against each other, with torch's texts."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from zmqagent.agent.devices import WorkerDevices, cpu_only, device_list, reverse_maps, target_device, validate
+from zmqagent.exceptions import DeviceMapError, InvalidOptionError
+
+CPU = torch.device("cpu")
+GPU = [torch.device("cuda", index) for index in range(4)]
+
+
+def test_cpu_tensors_stay_on_the_cpu_without_a_map() -> None:
+    assert cpu_only(CPU) == CPU
+    assert target_device({GPU[0]: GPU[1]}, "b", "Request", CPU) == CPU
+
+
+def test_a_map_names_the_target_of_every_device() -> None:
+    target = partial(target_device, {GPU[0]: GPU[1], CPU: GPU[2]}, "b", "Request")
+    assert target(GPU[0]) == GPU[1]
+    assert target(CPU) == GPU[2]
+
+
+def test_a_device_without_a_map_is_refused_with_torchs_text() -> None:
+    text = "Response device mapping is not available for destination b, but found tensor on device: cuda:3"
+    with pytest.raises(DeviceMapError, match=re.escape(text)):
+        target_device({GPU[0]: GPU[1]}, "b", "Response", GPU[3])
+    with pytest.raises(DeviceMapError, match="Request device mapping is not available"):
+        cpu_only(GPU[0])
+
+
+GOOD = {
+    "a": WorkerDevices(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[0]}, "a": {CPU: CPU}}, []),
+    "b": WorkerDevices(2, {"a": {GPU[1]: CPU}}, [GPU[0], GPU[1]]),
+    "c": WorkerDevices(0, {}, []),
+}
+
+
+def test_maps_that_fit_are_accepted() -> None:
+    validate(GOOD)
+    validate({})
+
+
+@pytest.mark.parametrize(
+    ("faulty", "text"),
+    [
+        (WorkerDevices(2, {}, [GPU[0], GPU[0]]), "Node a has duplicated devices\ndevices = [device("),
+        (WorkerDevices(2, {}, [GPU[2]]), "Node a has devices with invalid indices\ndevices = "),
+        (WorkerDevices(2, {}, [torch.device("cuda")]), "Node a has devices with invalid indices"),
+        (WorkerDevices(2, {}, [GPU[0]], "xpu"), "Node a has devices with invalid indices"),
+        (WorkerDevices(2, {"z": {}}, []), "Node a has invalid target node names in its device maps\ndevice maps = ['z']"),
+        (
+            WorkerDevices(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[1]}}, []),
+            "Node a has duplicated target devices in its device map for b",
+        ),
+        (WorkerDevices(2, {"b": {GPU[1]: GPU[0]}}, [GPU[0]]), "Node a has unexpected source devices in its device map for b"),
+        (
+            WorkerDevices(2, {"b": {GPU[3]: GPU[0]}}, []),
+            "Node a has source devices with invalid indices in its device map for b\ndevice map = ",
+        ),
+        (WorkerDevices(2, {"b": {GPU[0]: GPU[2]}}, []), "Node a has unexpected target devices in its device map for b"),
+        (WorkerDevices(2, {"c": {GPU[0]: GPU[0]}}, []), "Node a has target devices with invalid indices in its device map for c"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused_with_torchs_text(faulty: WorkerDevices, text: str) -> None:
+    with pytest.raises(InvalidOptionError, match=re.escape(text)) as caught:
+        validate(GOOD | {"a": faulty})
+    assert isinstance(caught.value, ValueError)
+
+
+def test_accelerators_of_any_type_are_accepted() -> None:
+    xpu = torch.device("xpu:0")
+    validate({"a": WorkerDevices(1, {"a": {xpu: xpu}}, [], "xpu")})
+
+
+def test_a_map_in_a_dynamic_group_may_name_a_worker_that_is_yet_to_come() -> None:
+    workers = {"a": WorkerDevices(1, {"later": {GPU[0]: GPU[3]}}, [])}
+    validate(workers, is_static_group=False)
+    with pytest.raises(InvalidOptionError, match="invalid target node names"):
+        validate(workers)
+
+
+def test_answers_go_back_the_way_the_requests_came() -> None:
+    assert reverse_maps("b", GOOD) == {"a": {GPU[1]: GPU[0], GPU[0]: GPU[1]}}
+    assert reverse_maps("a", GOOD) == {"a": {CPU: CPU}, "b": {CPU: GPU[1]}}
+    assert reverse_maps("c", GOOD) == {}
+
+
+def test_a_worker_uses_the_devices_it_was_told() -> None:
+    assert device_list([GPU[2], GPU[0]], {"b": {GPU[1]: GPU[1]}}, {}) == [GPU[0], GPU[2]]
+
+
+def test_a_worker_that_was_told_none_uses_those_of_its_maps() -> None:
+    maps, reverse = {"b": {GPU[3]: GPU[0]}}, {"c": {GPU[1]: GPU[0], CPU: GPU[1]}}
+    assert device_list([], maps, reverse) == [GPU[1], GPU[3]]
+    assert device_list([], {}, {}) == []

@@ -1,0 +1,64 @@
+"""`zmqagent.wire.types`: the numbers and texts are torch's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from zmqagent.wire.types import ForkId, MessageType, RRefId
+
+# torch/csrc/distributed/rpc/message.h
+TORCHS = {
+    "SCRIPT_CALL": 0x100,
+    "SCRIPT_RET": 0x201,
+    "PYTHON_CALL": 0x102,
+    "PYTHON_RET": 0x203,
+    "SCRIPT_REMOTE_CALL": 0x104,
+    "PYTHON_REMOTE_CALL": 0x105,
+    "REMOTE_RET": 0x206,
+    "SCRIPT_RREF_FETCH_CALL": 0x107,
+    "PYTHON_RREF_FETCH_CALL": 0x108,
+    "SCRIPT_RREF_FETCH_RET": 0x209,
+    "PYTHON_RREF_FETCH_RET": 0x20A,
+    "RREF_USER_DELETE": 0x10B,
+    "RREF_FORK_REQUEST": 0x10C,
+    "RREF_CHILD_ACCEPT": 0x10D,
+    "RREF_ACK": 0x20E,
+    "FORWARD_AUTOGRAD_REQ": 0x10F,
+    "FORWARD_AUTOGRAD_RESP": 0x210,
+    "BACKWARD_AUTOGRAD_REQ": 0x111,
+    "BACKWARD_AUTOGRAD_RESP": 0x212,
+    "CLEANUP_AUTOGRAD_CONTEXT_REQ": 0x113,
+    "CLEANUP_AUTOGRAD_CONTEXT_RESP": 0x214,
+    "RUN_WITH_PROFILING_REQ": 0x115,
+    "RUN_WITH_PROFILING_RESP": 0x216,
+    "RREF_BACKWARD_REQ": 0x117,
+    "RREF_BACKWARD_RESP": 0x218,
+    "EXCEPTION": 0x237,
+    "UNKNOWN": 0x3C,
+}
+
+
+def test_torchs_messages_have_torchs_numbers() -> None:
+    assert {name: MessageType[name].value for name in TORCHS} == TORCHS
+
+
+def test_our_own_messages_stay_clear_of_torchs_numbers() -> None:
+    ours = [t for t in MessageType if t.name not in TORCHS]
+    assert ours
+    assert all((t & 0xFF) >= 0x40 for t in ours)
+
+
+@pytest.mark.parametrize("type_", MessageType)
+def test_a_message_is_a_request_or_a_response(type_: MessageType) -> None:
+    assert type_.is_request + type_.is_response == (type_ is not MessageType.UNKNOWN)
+
+
+@pytest.mark.parametrize("name", [t.name for t in MessageType if t.name.endswith("_REQ")])
+def test_every_request_has_its_response(name: str) -> None:
+    assert MessageType[name].is_request
+    assert MessageType[name.removesuffix("_REQ") + "_RESP"].is_response
+
+
+@pytest.mark.parametrize("kind", [RRefId, ForkId])
+def test_ids_read_like_torchs(kind: type[RRefId | ForkId]) -> None:
+    assert str(kind(3, 14)) == "GloballyUniqueId(created_on=3, local_id=14)"
