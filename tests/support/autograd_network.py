@@ -1,7 +1,7 @@
 """Workers of a group in one process, joined by a network in memory that delivers in random order.
 
-Each worker has a real container and a real engine; calls, answers and gradients travel as real messages, their tensors copied as a
-wire would. What is missing is the agent: a thread pool stands in for it.
+Each worker has a real container and a real engine; calls, answers and gradients travel as real messages, their tensors copied
+as a wire would. What is missing is the agent: a thread pool stands in for it.
 """
 
 from __future__ import annotations

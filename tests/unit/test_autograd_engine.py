@@ -343,9 +343,7 @@ def test_an_error_deep_in_a_chain_names_each_hop_and_ends_the_pass_everywhere() 
         start = weights(1.0)
         result = chain(network, [1, 2], start)
         for _ in range(5):
-            with pytest.raises(
-                RemoteBackwardError, match="^Error on Node 1: Error on Node 2: Simulate error on backward pass$"
-            ):
+            with pytest.raises(RemoteBackwardError, match=r"^Error on Node 1: Error on Node 2: Simulate error on backward pass$"):
                 worker.engine.backward(lease._context_id(), [result.sum()], retain_graph=True)
             network.settle()
             assert [other.engine.passes_under_way() for other in network.workers] == [0, 0, 0]
@@ -378,7 +376,7 @@ def test_an_error_on_the_opener_says_so_and_keeps_its_cause() -> None:
         lease = worker.container.new_context()
         failing = Fault.apply(weights(1.0))
         (result,) = worker.call(1, product_with(weights(3.0)), failing).result(WAIT)
-        with pytest.raises(RemoteBackwardError, match="Error on Node [01]: .*Simulate error on backward pass") as caught:
+        with pytest.raises(RemoteBackwardError, match=r"Error on Node [01]: .*Simulate error on backward pass") as caught:
             worker.engine.backward(lease._context_id(), [result.sum()])
         assert isinstance(caught.value.__cause__, ValueError) or "Error on Node 1: Error on Node 0" in str(caught.value)
         network.settle()

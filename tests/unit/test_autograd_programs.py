@@ -24,7 +24,7 @@ def random_tensor(rng: random.Random) -> Tensor:
 
 
 class Program:
-    """A random tree of calls. Every tensor that crosses to another worker is used there, since the engine waits for its gradient."""
+    """A random tree of calls. What crosses to another worker is always used there, since the engine waits for its gradient."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

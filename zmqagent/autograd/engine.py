@@ -345,7 +345,7 @@ class DistEngine:
                 self._fail(affected, error)
 
     def on_worker_lost(self, worker_id: WorkerId, error: RpcError) -> None:
-        """Ends the passes that cannot complete without ``worker_id``, which died or left by ``error``, and later ones that cannot."""
+        """Ends the passes, and dooms later ones, that cannot complete without ``worker_id``, which died or left by ``error``."""
         for context in self._container.contexts():
             context.lose(worker_id, error)
         for affected in self._passes():
