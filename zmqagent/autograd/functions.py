@@ -50,7 +50,7 @@ class SendRpcBackward:
         self.message_id = message_id
         self.peer = peer
         # The edges of Python functions carry a token that keeps the graph alive, so the edges themselves are kept.
-        self._edges: tuple[GradientEdge, ...] = tuple(map(get_gradient_edge, tensors))
+        self._edges: tuple[GradientEdge, ...] = tuple(map(_edge_of, tensors))
 
     def name(self) -> str:
         """torch's name for this node."""
@@ -63,6 +63,19 @@ class SendRpcBackward:
 
     def __repr__(self) -> str:
         return f"<SendRpcBackward message_id={self.message_id} peer={self.peer} edges={len(self._edges)}>"
+
+
+def _edge_of(tensor: Tensor) -> GradientEdge:
+    """Where the gradient of ``tensor`` enters its graph, with what keeps that graph alive."""
+    if tensor.layout is torch.strided:
+        return get_gradient_edge(tensor)
+    # torch's own function takes a view of the tensor, which sparse ones do not have.
+    with torch.enable_grad():
+        successor = (tensor.unsqueeze(0) if tensor.layout is torch.sparse_coo else tensor.clone()).grad_fn
+    assert successor is not None  # the tensor requires grad
+    node, output_nr = successor.next_functions[0]
+    assert node is not None
+    return GradientEdge(node, output_nr, ownership_token=successor)
 
 
 GradientSender = Callable[["Wire", Sequence[Tensor]], None]
