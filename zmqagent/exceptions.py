@@ -22,7 +22,7 @@
         ├── WorkerLostError (ConnectionError) 21 the peer died, or left, while something waited for it
         ├── ShutdownError                    22  this agent shut down while the call was under way
         ├── ProtocolError                    23  bytes that are no message of this protocol
-        ├── CalleeError                      24  the callee could not run the call (no such function, ...)
+        ├── CalleeError (AttributeError)     24  the callee could not run the call (no such function, ...)
         ├── RemoteUserError                  25  a user function's exception that cannot be rebuilt here
         ├── RRefCreationError                26  the remote() that was to create an RRef failed
         ├── RemoteBackwardError              27  a backward pass failed on some worker

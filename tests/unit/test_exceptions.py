@@ -26,7 +26,7 @@ def test_every_class_is_what_torch_raises(cls: type[RpcError]) -> None:
 
 def test_the_docstring_shows_the_tree_as_it_is() -> None:
     # A name, the builtins it also is, and its code, which may have moved to the next line.
-    entries = re.findall(r"── (\w+)(?: \(([\w, ]+)\))?[\s│]+(\d+)  ", exceptions.__doc__ or "")
+    entries = re.findall(r"── (\w+)(?: \(([\w, ]+)\))?[\s│]+(\d+) ", exceptions.__doc__ or "")
     shown = {name: (builtins, int(code)) for name, builtins, code in entries}
     leaves = {cls.__name__: cls for cls in CLASSES if cls.code}
     assert set(shown) == set(leaves)
