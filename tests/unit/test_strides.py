@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,8 +42,25 @@ def test_a_view_lies_between_begin_and_end(view: View) -> None:
 
 
 @given(views())
-def test_a_view_has_gaps_if_a_copy_of_its_elements_is_smaller(view: View) -> None:
-    assert view.has_gaps == (math.prod(view.sizes) * view.itemsize < view.end - view.begin)
+def test_a_small_view_is_never_wasteful(view: View) -> None:
+    assert not view.is_wasteful
+
+
+@pytest.mark.parametrize(
+    ("view", "is_wasteful"),
+    [
+        (View(4, (5000,), (1,), 0), False),
+        (View(4, (1024,), (2,), 7), False),
+        (View(4, (1025,), (2,), 7), False),
+        (View(4, (2000,), (3,), 7), True),
+        (View(4, (5, 410), (410, 1), 0), False),
+        (View(4, (5, 10), (410, 1), 0), False),
+        (View(4, (6, 10), (410, 1), 0), True),
+        (View(1, (1 << 40, 8192), (0, 1), 0), False),
+    ],
+)
+def test_a_large_view_that_uses_at_most_half_of_its_memory_is_wasteful(view: View, is_wasteful: bool) -> None:
+    assert view.is_wasteful == is_wasteful
 
 
 @settings(max_examples=400)

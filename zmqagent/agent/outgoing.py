@@ -1,13 +1,12 @@
 """Tensors on their way out: what each one is, and which memory travels for it.
 
 `Outgoing` describes the tensors of one message, then copies each piece of memory that they touch once. Views that share memory
-go into one piece, of which no more is sent than they touch; a view with gaps that is alone in its memory goes as a contiguous
-copy. Small pieces share one buffer, so that a message with hundreds of biases has few frames.
+go into one piece, of which no more is sent than they touch; a view that leaves most of its memory out and is alone in it goes as
+a contiguous copy. Small pieces share one buffer, so that a message with hundreds of biases has few frames.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +27,6 @@ from zmqagent.agent.tensor_kinds import (
 from zmqagent.exceptions import NotPicklableError
 
 __all__ = ["Outgoing", "settle"]
-
-
-_COMPACT_FROM = 8 << 10
 
 
 class _Part:
@@ -143,7 +139,7 @@ class Outgoing:
         """Copies one piece of a storage, which ``parts`` share, so that they share the copy."""
         first = parts[0]
         view, storage = first.view, first.storage
-        if _is_worth_compacting(view) and all(part.view == view for part in parts):
+        if view.is_wasteful and all(part.view == view for part in parts):
             memory: bytes | memoryview = freeze_elements(storage, view.itemsize, view.sizes, view.strides, view.offset)
             self._place(parts, memory)
             for part in parts:
@@ -172,13 +168,6 @@ class Outgoing:
             self._small_size += size
         else:
             self._buffers.append(memory)
-
-
-def _is_worth_compacting(view: View) -> bool:
-    """Whether a copy of the elements alone is much smaller than the memory they span. By torch's rule for RPC: below 8 KiB, or if
-    half of it is used, a view keeps its strides."""
-    span = view.end - view.begin
-    return span >= _COMPACT_FROM and span >= 2 * math.prod(view.sizes) * view.itemsize
 
 
 def _refuse_wrappers(tensor: torch.Tensor) -> None:

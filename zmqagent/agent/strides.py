@@ -13,6 +13,9 @@ from typing import NamedTuple
 __all__ = ["View", "contiguous", "extent", "pieces"]
 
 
+_WASTE_FROM = 8 << 10
+
+
 class View(NamedTuple):
     """A strided view into some memory, whose elements have ``itemsize`` bytes. No dimension has size 0."""
 
@@ -32,9 +35,11 @@ class View(NamedTuple):
         return (self.offset + extent(self.sizes, self.strides)) * self.itemsize
 
     @property
-    def has_gaps(self) -> bool:
-        """True if a copy of the elements is smaller than the memory between the first and the last."""
-        return extent(self.sizes, self.strides) > math.prod(self.sizes)
+    def is_wasteful(self) -> bool:
+        """Whether a copy of the elements alone is much smaller than the memory they span. As in torch's RPC: a view of less than
+        8 KiB, or one that uses more than half of its memory, travels with its gaps and keeps its strides."""
+        span = self.end - self.begin
+        return span >= _WASTE_FROM and span >= 2 * math.prod(self.sizes) * self.itemsize
 
 
 def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:

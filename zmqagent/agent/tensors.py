@@ -3,10 +3,10 @@
 `pack` makes of each tensor a description (a tuple of plain values, which goes into the message's header) and puts its bytes,
 frozen, into buffers; `unpack` builds tensors from both. Sockets, messages and autograd contexts are unknown here.
 
-What is kept: the kind (strided, sparse, quantized, meta), dtype, sizes, strides of a tensor without gaps, the conjugate and
-negative bits, whether it requires grad (an arriving tensor is a leaf), and that tensors of one message share memory. What is
-not: the graph behind a tensor, its gradient and hooks, its dimensions' names, and the strides of a view with gaps, which
-travels as a contiguous copy if it is alone in its memory.
+What is kept: the kind (strided, sparse, quantized, meta), dtype, sizes and strides, the conjugate and negative bits, whether it
+requires grad (an arriving tensor is a leaf), and that tensors of one message share memory. What is not: the graph behind a
+tensor, its gradient and hooks, its dimensions' names, and the strides of a large view that leaves out most of its memory, which
+travels as a contiguous copy if it is alone in there.
 """
 
 from __future__ import annotations
