@@ -20,7 +20,7 @@ from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import CalleeError, RpcError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
-from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function
+from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function, run_script
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.rref import OwnerRRef, backward_root
 from zmqagent.wire.commands import (
@@ -168,7 +168,7 @@ class RpcRequestCallback:
     def _load_script(self, name: str, is_builtin: bool, body: Pickled) -> Callable[[], Any]:
         function = resolve_script_function(name, is_builtin)
         args, kwargs = pickler.loads(body)
-        return partial(function, *args, **kwargs)
+        return partial(function if is_builtin else partial(run_script, function), *args, **kwargs)
 
     def _describe(self, error: BaseException) -> Failure:
         return failures.describe_exception(error, self._me())
@@ -199,9 +199,7 @@ class RpcRequestCallback:
 
     # RRefs.
 
-    def _keep(
-        self, request: _Request, rref_id: RRefId, fork_id: ForkId, value: Any, error: BaseException | None
-    ) -> None:
+    def _keep(self, request: _Request, rref_id: RRefId, fork_id: ForkId, value: Any, error: BaseException | None) -> None:
         """Makes a remote call's value, or its exception, the owner's, and tells the creator that it is there."""
         owner = self._rrefs.create_owner(rref_id, fork_id)
         if error is None:

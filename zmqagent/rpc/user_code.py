@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from zmqagent.exceptions import CalleeError, InvalidTypeError
+from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError
 
-__all__ = ["clean_state", "on_result", "resolve_script_function"]
+__all__ = ["clean_state", "on_result", "resolve_script_function", "run_script"]
 
 OnResult = Callable[[Any, "BaseException | None"], None]
 
@@ -73,13 +73,26 @@ def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
         operator, _overloads = torch._C._jit_get_operation(name)
         if operator is None:
             raise CalleeError(f"this worker's torch {torch.__version__} has no operator {name}")
-        return operator  # type: ignore[no-any-return]
-    function = torch.jit._state._python_cu.find_function(name)  # type: ignore[attr-defined]
+        return operator
+    function = torch.jit._state._python_cu.find_function(name)
     if function is None:
         raise CalleeError(
             f"this worker has no TorchScript function {name}: the module that defines it must be imported here as well"
         )
-    return function  # type: ignore[no-any-return]
+    return function
+
+
+def run_script(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a TorchScript function.
+
+    Raises:
+        RemoteUserError: it raised. Exceptions have no types in TorchScript, and torch's own agent answers a RuntimeError, whatever a
+            later release of the interpreter makes of it.
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise RemoteUserError(f"the TorchScript function failed with {type(error).__name__}: {error}") from error
 
 
 def on_result(function: Callable[[], Any], is_async: bool, done: OnResult) -> None:
@@ -89,8 +102,7 @@ def on_result(function: Callable[[], Any], is_async: bool, done: OnResult) -> No
         result = function()
         if is_async and not isinstance(result, torch._C.Future):
             raise InvalidTypeError(
-                "Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got "
-                f"{type(result)}"
+                f"Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got {type(result)}"
             )
     except BaseException as error:
         # KeyboardInterrupt and SystemExit too: a user function that raises them must not end a thread that serves others.
