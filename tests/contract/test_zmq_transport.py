@@ -326,6 +326,28 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_a_parting_socket_is_closed_when_its_time_is_over(worker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zmqagent.transport.zmq._PARTING", 0.0)
+    a, b = worker(0), worker(1)
+    a.transport.connect(b.record)
+    before = len(a.transport._parting)  # type: ignore[attr-defined]
+    a.transport.send(b.id, [b"x"])
+    a.transport.disconnect(b.id)
+    parting = [socket for _, socket in a.transport._parting]  # type: ignore[attr-defined]
+    assert len(parting) == before + 1
+    a.transport.disconnect(b.id)
+    assert all(socket.closed for socket in parting)
+    assert a.transport._parting == []  # type: ignore[attr-defined]
+
+
+def test_it_says_where_it_listens_and_to_how_many_it_is_connected(worker: Make) -> None:
+    a, b = worker(0), worker(1)
+    introduce(a, b)
+    assert repr(a.transport) == f"<ZmqTransport {a.record.incarnation:x} at {a.record.addresses[0]}, 1 peers>"
+    a.transport.close()
+    assert repr(a.transport).endswith(", closed>")
+
+
 def test_closing_leaves_no_open_files(kind: str) -> None:
     def live() -> None:
         a, b = start(kind, 0), start(kind, 1)

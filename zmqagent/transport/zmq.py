@@ -21,7 +21,7 @@ import os
 import selectors
 import threading
 import time
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import zmq
 import zmq.utils.garbage  # For its exit handler to be registered before, and hence run after, the one at the end of this file.
@@ -265,11 +265,8 @@ class ZmqTransport(Transport):
         self._waker.clear()
 
     def _take_notes(self) -> None:
-        while not self._notes.empty():
-            try:
-                note = self._notes.get_nowait()
-            except Empty:
-                return
+        while not self._notes.empty():  # Nobody else takes any.
+            note = self._notes.get()
             if isinstance(note, PeerRecord):
                 self._liveness.watch(note, time.monotonic())
             else:
