@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from zmqagent.wire.types import ForkId, MessageType, RRefId
@@ -62,3 +65,13 @@ def test_every_request_has_its_response(name: str) -> None:
 @pytest.mark.parametrize("kind", [RRefId, ForkId])
 def test_ids_read_like_torchs(kind: type[RRefId | ForkId]) -> None:
     assert str(kind(3, 14)) == "GloballyUniqueId(created_on=3, local_id=14)"
+
+
+def test_the_documentation_lists_every_message_with_its_number() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
+    listed = {name: int(number, 16) for number, name in re.findall(r"^\| (0x[0-9a-f]+) \| (\w+) \|", text, re.MULTILINE)}
+    reserved = re.search(r"torch's other types \(([^)]*)\)", text)
+    assert reserved is not None
+    numbers = {int(number, 16) for number in reserved[1].split(", ")}
+    assert listed == {t.name: t.value for t in MessageType if t.value not in numbers}
+    assert numbers <= {t.value for t in MessageType}
