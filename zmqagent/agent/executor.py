@@ -132,7 +132,8 @@ class Executor:
 
     def _next_task(self) -> Task | None:
         with self._lock:
-            if self._backlog:
+            # Only if somebody receives: the last thread that could has to, or nobody would ever receive again.
+            if self._backlog and self._idle:
                 return self._take()
             surplus = len(self._threads) > self._size + 1 and self._idle >= 2
             if self._closed or surplus:
@@ -148,7 +149,8 @@ class Executor:
 
     def _receive_task(self) -> Task | None:
         """Receives, with the turn held, until there is a task that this thread may run; None once closed."""
-        timeout: float | None = None
+        with self._lock:
+            timeout = self._patience_left()
         while True:
             task = None if self._closed else self._receive(timeout)
             with self._lock:
