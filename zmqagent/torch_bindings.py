@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 __all__ = ["FUNCTIONS", "METHODS", "SWAPS", "activate", "deactivate", "install", "is_active", "original", "uninstall"]
 
 _RPC = "torch._C._distributed_rpc"
@@ -122,6 +124,7 @@ def install(standing: Mapping[str, Callable[..., Any]]) -> None:
             _originals[seam.key] = function
             dispatchers[id(function)] = (seam.key, _dispatcher(seam.key, function))
         _rebind({number: dispatcher for number, (_, dispatcher) in dispatchers.items()})
+        _tell_compiler(dispatchers)
         for seam in METHODS:
             method = getattr(seam.holder(), seam.name)
             _originals[seam.key] = method
@@ -187,6 +190,16 @@ def _dispatcher(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return _replacements.get(key, function)(*args, **kwargs)
 
     return dispatch
+
+
+def _tell_compiler(dispatchers: Mapping[int, tuple[str, Any]]) -> None:
+    """TorchScript's compiler knows some of the functions by their ids; it is to know the dispatchers by theirs as well, for scripts
+    that run on torch's own agent. A table that is not made yet will hold them anyway."""
+    known = torch.jit._builtins._builtin_table
+    if known is not None:
+        for number, (_, dispatcher) in dispatchers.items():
+            if number in known:
+                torch.jit._builtins._register_builtin(dispatcher, known[number])
 
 
 def _rebind(replacements: Mapping[int, Any]) -> None:
