@@ -28,7 +28,7 @@ class _Process:
     """What this process remembers between torch's calls."""
 
     autograd_rank: int | None = None
-    """The rank of the last ``dist_autograd._init``, which torch calls before any agent exists and for whichever backend starts."""
+    """The rank of the last ``dist_autograd._init``, which torch calls before any agent exists, for whichever backend."""
     profiler_node: int | None = None
     replace_tensorpipe: bool = False
 
@@ -63,7 +63,8 @@ def _register_backend(name: str, construct_options: Callable[..., Any], init: Ca
     if backend_registry.backend_registered(name):
         raise RuntimeError(f"RPC backend {name}: already registered")
     value = backend_registry.BackendValue(construct_options, init)
-    member = object.__new__(backend_type)
+    # Typed Any: these are the enum module's own attributes, which type checkers do not know.
+    member: Any = object.__new__(backend_type)
     member._name_ = name
     member._value_ = value
     member.__objclass__ = backend_type
@@ -100,9 +101,7 @@ def _construct_options(rpc_timeout: float, init_method: str, **kwargs: Any) -> Z
     return ZmqRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **kwargs)
 
 
-def _init_zmq(
-    store: dist.Store, name: str, rank: int, world_size: int | None, rpc_backend_options: rpc.RpcBackendOptions
-) -> Any:
+def _init_zmq(store: dist.Store, name: str, rank: int, world_size: int | None, rpc_backend_options: rpc.RpcBackendOptions) -> Any:
     """Starts a worker and returns its agent, as ``init_rpc`` expects of a backend."""
     if not isinstance(store, dist.Store):
         raise InvalidTypeError(f"`store` must be a c10d::Store. {store}")

@@ -1,8 +1,8 @@
 """`DistributedOptimizer` without TorchScript.
 
-For torch's functional optimizers `DistributedOptimizer` calls two functions by RPC: one compiles the local optimizer, the other is
-itself a TorchScript function that takes an RRef. TorchScript runs in C++ and cannot hold an RRef of this package, so the calls go to
-the functions below, which run the same optimizer classes eagerly.
+For torch's functional optimizers `DistributedOptimizer` calls two functions by RPC: one compiles the local optimizer, the other
+is itself a TorchScript function that takes an RRef. TorchScript runs in C++ and cannot hold an RRef of this package, so the calls
+go to the functions below, which run the same optimizer classes eagerly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _new_local_optimizer(optim_cls: type, local_params_rref: list[Any], *args: A
 
 
 def _local_optimizer_step(local_optim_rref: Any, autograd_ctx_id: int) -> None:
-    """Applies the context's gradients. Steps are serialized on each worker, as the documentation of `DistributedOptimizer` says."""
+    """Applies the context's gradients. Steps are serialized on each worker, as `DistributedOptimizer` documents."""
     from torch.distributed.optim.optimizer import _LocalOptimizer
 
     with _LocalOptimizer.global_lock:

@@ -53,8 +53,8 @@ def describe_error(error: RpcError, worker: str) -> Failure:
 
 
 def describe_kept(error: BaseException | None, worker: str) -> Failure:
-    """The `Failure` for an error that an OwnerRRef keeps: an error of this package, or what `rebuild` made when its function failed,
-    which has its whole text already."""
+    """The `Failure` for an error that an OwnerRRef keeps: an error of this package, or what `rebuild` made when its function
+    failed, which has its whole text already."""
     if error is None:
         error = RRefCreationError("the RRef has no value and never will")
     if isinstance(error, RpcError):

@@ -144,9 +144,7 @@ class Invoker:
 
     # What they share.
 
-    def _call(
-        self, dst: WorkerInfo, call: _PickledCall, message: Message, timeout: float, *, attach_always: bool
-    ) -> Future[Any]:
+    def _call(self, dst: WorkerInfo, call: _PickledCall, message: Message, timeout: float, *, attach_always: bool) -> Future[Any]:
         future = new_future()
         self._send(WorkerId(dst.id), call, message, partial(complete, future), timeout, attach_always)
         return future
@@ -214,10 +212,12 @@ class Invoker:
     def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
         if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):
             raise ScriptError(
-                f"the TorchScript function {name} takes an RRef, but TorchScript runs in C++, which knows only the RRefs of torch's own "
-                "agent. Call a Python function, and have it fetch the value (to_here, local_value) and call the TorchScript function."
+                f"the TorchScript function {name} takes an RRef, but TorchScript runs in C++, which knows only RRefs of torch's "
+                "own agent. Call a Python function, and have it fetch the value (to_here, local_value) and call the TorchScript "
+                "function."
             )
         return _pickle(self._rrefs, (args, kwargs))
 
     def _worker(self, name: str) -> WorkerInfo:
-        return torch.distributed.rpc.get_worker_info(name)
+        info: WorkerInfo = torch.distributed.rpc.get_worker_info(name)
+        return info

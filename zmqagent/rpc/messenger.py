@@ -1,8 +1,8 @@
 """Messages with the caller's distributed autograd context attached, in both directions.
 
-When torch attaches autograd: never without a current context; always for a Python user function, a Python ``remote`` and
-``to_here``; for builtin operators and for all answers only if some tensor requires grad. The context of the caller is current again
-while the answer is handled, so that callbacks of a future may go on building the graph.
+When torch attaches autograd: never without a current context; always for a Python user function, a Python ``remote``
+and ``to_here``; for builtin operators and for all answers only if some tensor requires grad. The context of the caller is current
+again while the answer is handled, so that callbacks of a future may go on building the graph.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Objects to and from (pickle, out-of-band buffers, tensors).
 
 Tensors never enter the pickle: it refers to them by their index in a table, as torch's own RPC pickler does, and through torch's
-own thread-local tables, so that reducers and picklers that users wrote for torch's work here unchanged. Buffers of numpy arrays and
-the like leave the pickle too (protocol 5). RRefs pickle themselves (see ``rref/rref.py``).
+own thread-local tables, so that reducers and picklers that users wrote for torch's work here unchanged. Buffers of numpy arrays
+and the like leave the pickle too (protocol 5). RRefs pickle themselves (see ``rref/rref.py``).
 """
 
 from __future__ import annotations

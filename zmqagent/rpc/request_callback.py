@@ -1,7 +1,7 @@
 """What a worker does with each request: message type to handler. The only place where RRefs and autograd meet.
 
-Handlers run on a thread of the agent, from a clean thread-local state, in the autograd context that the request brought. They answer
-through ``respond``, now or later; what they raise, the agent answers as a `Failure`.
+Handlers run on a thread of the agent, from a clean thread-local state, in the autograd context that the request brought. They
+answer through ``respond``, now or later; what they raise, the agent answers as a `Failure`.
 """
 
 from __future__ import annotations
