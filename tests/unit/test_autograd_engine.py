@@ -489,6 +489,19 @@ def test_a_newer_pass_takes_the_place_of_an_older_one_that_waits() -> None:
         assert gradients_of(other, lease)[weight].item() == 4.0
 
 
+def test_a_pass_has_the_graph_of_its_context_to_itself_while_it_runs() -> None:
+    """A pass that was ended may still be inside a user's function when the next one comes."""
+    free: list[bool] = []
+    with Network(1, 0) as network:
+        (worker,) = network.workers
+        lease = worker.container.new_context()
+        leaf = weights(1.0)
+        leaf.register_hook(lambda _: free.append(lease.context.passes.turn.acquire(blocking=False)))
+        worker.engine.backward(lease._context_id(), [leaf.sum()])
+        assert free == [False]
+        assert not lease.context.passes.turn.locked()
+
+
 def test_an_abort_is_passed_on_once_and_is_harmless_if_nothing_is_known() -> None:
     seen: list[tuple[int, int]] = []
 

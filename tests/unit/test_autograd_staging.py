@@ -194,6 +194,7 @@ class FakeContext:
 
     def gradient_sender(self, wire: Wire, gradients: Sequence[Tensor]) -> None:
         self.times_sent[wire.metadata.message_id] += 1
+        assert not any(gradient.requires_grad for gradient in gradients), "backward was recorded"
         self.sent[wire.metadata.message_id] = [gradient.detach().clone() for gradient in gradients]
 
     def receive(self, number: int, tensors: list[Tensor]) -> list[Tensor]:
@@ -271,3 +272,41 @@ def test_staged_runs_equal_one_plain_backward_on_random_graphs() -> None:
             compare(seed)
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
+
+
+def test_hooks_run_on_a_parameter_that_a_stage_gives_no_gradient() -> None:
+    """A reducer counts on being called for every parameter, also if the only gradient that reaches it is undefined."""
+    context, log = FakeContext(), Log()
+    (arrived,) = context.receive(0, [torch.ones(1)])
+    parameter, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    node = get_gradient_edge(parameter).node
+    node.register_hook(lambda *_: log.note("hook"))
+    first = PartlyUndefined.apply(parameter, arrived, log, "function")[1]
+    gradients: dict[Tensor, Tensor] = {}
+    graph = StagedGraph([as_edges([first]), as_edges([other * 2])], gradients, False)
+    graph.arrive(0, [torch.ones(1)])
+    assert graph.step()
+    assert (context.sent[0][0].item(), graph.step(), log.calls["hook"]) == (3.0, False, 0)
+    graph.arrive(1, [torch.ones(1)])
+    assert graph.step()
+    assert log.calls == {"function": 1, "hook": 1}
+    assert {leaf: gradient.item() for leaf, gradient in gradients.items()} == {other: 2.0}
+
+
+def test_a_stage_that_borders_on_nodes_runs_them_no_second_time() -> None:
+    """A weight on both sides of a cut: an edge leaves the stage to a node, and another one to the weight behind that node."""
+    context, log = FakeContext(), Log()
+    weight = torch.tensor([3.0], requires_grad=True)
+    before, _ = TwoToTwo.apply(weight, 1.0, weight, log, "before the cut")
+    (arrived,) = context.receive(0, [torch.tensor([2.0])])
+    loss = before * weight * arrived
+    gradients: dict[Tensor, Tensor] = {}
+    graph = StagedGraph([as_edges([loss]), as_edges([before])], gradients, False)
+    graph.arrive(0, [torch.ones(1)])
+    assert graph.step()
+    assert (context.sent[0][0].item(), log.calls) == (27.0, {})
+    graph.arrive(1, context.sent[0])
+    assert graph.step()
+    assert (graph.is_finished, log.calls) == (True, {"before the cut": 1})
+    # d(w^3 * r) / dw, and 27 times d(w^2) / dw.
+    assert gradients[weight].item() == 3 * 9 * 2 + 27 * 2 * 3

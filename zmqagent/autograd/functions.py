@@ -154,10 +154,10 @@ def receive_tensors(wire: Wire, tensors: Sequence[Tensor]) -> tuple[Any, list[Te
 
     They require grad from here on whatever grad mode the calling thread is in, as torch has it.
     """
-    anchor = torch.empty(0, requires_grad=True)
     # A view (tensors that share storage arrive as such) would refuse in-place operations.
     leaves = [tensor.detach() if tensor._is_view() else tensor for tensor in tensors]
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False):  # switches grad mode on as well
+        anchor = torch.empty(0, requires_grad=True)
         received = RecvRpcBackward.apply(anchor, wire, leaves)  # type: ignore[no-untyped-call]
     return received[0].grad_fn, list(received)
 

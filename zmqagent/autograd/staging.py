@@ -112,7 +112,6 @@ class StagedGraph:
         if any(gradient is None and type(node) is not _LEAF_NODE for (node, _), gradient in self._sums.items()):
             # The engine starts from gradients that exist. Rare: a function returned None for an input, at the border of a stage.
             self._run_by_nodes([node for node in self._plan.rest() if type(node) is not _LEAF_NODE])
-            recvs = []
         ends = [GradientEdge(leaf, 0) for leaf in self._plan.leaves] + [GradientEdge(*_anchor_of(recv)) for recv in recvs]
         starts: list[Any] = []
         flowing: list[Tensor] = []
