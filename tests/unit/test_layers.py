@@ -29,10 +29,10 @@ BELOW: dict[str, set[str]] = {
     "autograd": {"agent", "transport", "wire"},
     "rpc": {"autograd", "rref", "agent", "transport", "wire"},
     "torch_bindings": set(),
-    "node": {"torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
-    "backend": {"node", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
-    "__init__": {"backend", "node", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
-    "cli": {"__init__", "backend", "node", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
+    "worker": {"torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
+    "backend": {"worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
+    "__init__": {"backend", "worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
+    "cli": {"__init__", "backend", "worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
     "__main__": {"cli"},
 }
 """What each part of the package may import, besides itself and the leaves."""
@@ -46,6 +46,8 @@ PURE = {
     "wire/frames.py",
     "agent/calls.py",
     "agent/membership.py",
+    "agent/membership_events.py",
+    "agent/served.py",
     "agent/devices.py",
     "agent/strides.py",
     "rref/events.py",
