@@ -29,6 +29,7 @@ __all__ = ["RankError", "on_group", "run_ranks", "worker"]
 
 _ROOT = str(Path(__file__).parents[2])
 _TIME_TO_DUMP_S = 1.0
+_TIME_AFTER_TROUBLE_S = 1.0
 DEADLINE_S = 40.0
 
 _server = multiprocessing.get_context("forkserver")
@@ -51,9 +52,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="zi") as directory:
         ranks = [_Rank(function, rank, Path(directory), args, deadline) for rank in range(world_size)]
         try:
-            end = time.monotonic() + deadline
-            for rank in ranks:
-                rank.wait(end)
+            _watch(ranks, time.monotonic() + deadline, dying)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -61,6 +60,22 @@ def run_ranks(
         if troubles:
             raise RankError("\n".join(troubles))
         return [rank.result for rank in ranks]
+
+
+def _watch(ranks: list[_Rank], end: float, dying: Collection[int]) -> None:
+    """Waits for all ranks; once one is in trouble, the others get little more time, since they may wait for it."""
+    waiting = {rank.connection: rank for rank in ranks}
+    while waiting:
+        left = max(0.0, end - time.monotonic())
+        ready = multiprocessing.connection.wait(list(waiting), timeout=left + _TIME_TO_DUMP_S)
+        if not ready:
+            for rank in waiting.values():
+                rank.give_up()
+            return
+        for rank in [waiting.pop(connection) for connection in ready]:
+            rank.take_result(end)
+            if rank.trouble and rank.number not in dying:
+                end = min(end, time.monotonic() + _TIME_AFTER_TROUBLE_S)
 
 
 def on_group(function: Callable[..., Any], *args: Any, world_size: int = 2, deadline: float = DEADLINE_S, **options: Any) -> Any:
@@ -107,7 +122,7 @@ class _Rank:
         self.result: Any = None
         self.trouble = ""
         self._log = directory / f"rank{number}.log"
-        self._connection, theirs = _server.Pipe(duplex=False)
+        self.connection, theirs = _server.Pipe(duplex=False)
         self._process = _server.Process(
             target=_live, args=(function, number, f"file://{directory}/meet", args, str(self._log), theirs, deadline), daemon=True
         )
@@ -115,12 +130,14 @@ class _Rank:
             self._process.start()
         theirs.close()
 
-    def wait(self, end: float) -> None:
-        if not self._connection.poll(max(0.0, end - time.monotonic()) + 2 * _TIME_TO_DUMP_S):
-            self.trouble = self._tell("is still running")
-            return
+    def give_up(self) -> None:
+        """Notes that the rank is not done."""
+        self.trouble = self._tell("is still running")
+
+    def take_result(self, end: float) -> None:
+        """Takes what the rank has sent, or the fact that it died."""
         try:
-            self.result, trouble = pickle.loads(self._connection.recv_bytes())
+            self.result, trouble = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             self._process.join(_TIME_TO_DUMP_S)
             trouble = f"died with exit code {self._process.exitcode}"
@@ -140,7 +157,7 @@ class _Rank:
         self._process.kill()
         self._process.join()
         self._process.close()
-        self._connection.close()
+        self.connection.close()
 
 
 @contextlib.contextmanager
