@@ -308,7 +308,8 @@ class RRefContext:
         self._shell.handle(events.WorkerJoined(worker_id))
 
     def drain(self) -> None:
-        """Starts the deletion of all users that nobody refers to any more, without waiting for the thread that does so."""
+        """Returns once the deletion of all users that nobody refers to any more has begun. It begins without being asked, soon
+        after the last reference goes."""
         self._shell.drain()
 
     def delete_all_users_and_unforked_owners(self, timeout: float = _SHUTDOWN_TIMEOUT) -> None:

@@ -133,7 +133,7 @@ class UserRRef:
 
     __slots__ = ("__weakref__", "_notes", "fork_id", "owner", "rref_id")
 
-    def __init__(self, owner: WorkerId, rref_id: RRefId, fork_id: ForkId, notes: SimpleQueue[ForkId | None]) -> None:
+    def __init__(self, owner: WorkerId, rref_id: RRefId, fork_id: ForkId, notes: SimpleQueue[Any]) -> None:
         self.owner = owner
         self.rref_id = rref_id
         self.fork_id = fork_id

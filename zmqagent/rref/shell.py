@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from zmqagent.agent.base import Reply, Requester
@@ -48,7 +48,7 @@ class ProtocolShell:
         # On the same lock: notified after each event, waited for at shutdown.
         self._changed = threading.Condition(self._lock)
         self._protocol = RRefProtocol(requester.worker_id, first_local_id)
-        self.notes: SimpleQueue[ForkId | None] = SimpleQueue()
+        self.notes: SimpleQueue[ForkId | threading.Event | None] = SimpleQueue()
         # Runs _follow_notes until `close` leaves None among the notes. A daemon: a process that never shuts RPC down can end.
         self._follower = threading.Thread(target=self._follow_notes, name="zmqagent-rref-notes", daemon=True)
         self._follower.start()
@@ -100,17 +100,14 @@ class ProtocolShell:
             return self._changed.wait_for(lambda: condition(self._protocol), timeout)
 
     def drain(self) -> None:
-        """Handles the notes left so far, in the calling thread. The thread that follows them does so anyway; this only makes sure
-        that none is left."""
-        while True:
-            try:
-                note = self.notes.get_nowait()
-            except Empty:
-                return
-            if note is None:
-                self.notes.put(None)  # meant for the thread
-                return
-            self.handle(UserDropped(note))
+        """Returns once all notes left so far have been handled."""
+        if threading.current_thread() is self._follower:
+            return
+        passed = threading.Event()
+        self.notes.put(passed)
+        # The thread ends at shutdown only, and then there is nothing to report any more.
+        while self._follower.is_alive() and not passed.wait(0.1):
+            pass
 
     def close(self) -> None:
         """Ends the thread. The protocol is closed by its own event."""
@@ -119,12 +116,15 @@ class ProtocolShell:
             self._follower.join()
 
     def _follow_notes(self) -> None:
-        while (fork_id := self.notes.get()) is not None:
+        while (note := self.notes.get()) is not None:
+            if isinstance(note, threading.Event):
+                note.set()
+                continue
             try:
-                self.handle(UserDropped(fork_id))
+                self.handle(UserDropped(note))
             except Exception:
                 # One deletion that fails must not end all that follow.
-                _logger.exception("cannot delete the user %s", fork_id)
+                _logger.exception("cannot delete the user %s", note)
 
     # Acts.
 
