@@ -61,7 +61,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._calls: dict[CallId, _Call] = {}
-        # (deadline, call id); the entries of calls that have ended, or were given a later deadline, are skipped.
+        # (deadline, call id), at most one for each call; the entries of calls that have ended are skipped.
         self._deadlines: list[tuple[float, CallId]] = []
         self._late = 0
 
@@ -96,8 +96,7 @@ class Calls:
         heap = self._deadlines
         while heap:
             deadline, call_id = heap[0]
-            call = self._calls.get(call_id)
-            if call is not None and call.deadline == deadline:
+            if call_id in self._calls:
                 return deadline
             heapq.heappop(heap)
         return float("inf")
