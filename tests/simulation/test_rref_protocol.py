@@ -20,8 +20,8 @@ from zmqagent.rref.users import UserLedger, UserState
 from zmqagent.transport.inproc import Faults
 
 REPLAY = os.environ.get("RREF_SIMULATION_SEED")
-SEEDS = 3000
-DEATH_SEEDS = 1000
+SEEDS = 2500
+DEATH_SEEDS = 600
 ACTS = 30
 MOST_STEPS = 20_000
 
