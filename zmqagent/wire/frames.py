@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from zmqagent.exceptions import InvalidTypeError, NotPicklableError, ProtocolError
 from zmqagent.wire.types import MessageType, WorkerId

@@ -1,7 +1,7 @@
 """The words of the protocol: ids, message types and the message itself.
 
 Pure: nothing here knows of sockets, threads, clocks or torch. The numbers of `MessageType` are torch's own
-(``torch/csrc/distributed/rpc/message.h``), so that logs and fault injection speak torch's language; numbers from 0x40 on are ours.
+(``torch/csrc/distributed/rpc/message.h``), so that logs and fault injection speak torch's language; those from 0x40 on are ours.
 """
 
 from __future__ import annotations
