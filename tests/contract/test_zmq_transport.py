@@ -124,6 +124,7 @@ class TestDeathOnThisHost:
             new.transport.connect(a.record)
             new.transport.send(a.id, [b"x"])
             assert a.message() == [b"x"]
+            assert a.transport.receive(0.05) is None
 
     def test_the_death_of_a_disconnected_peer_is_not_reported(self, worker: Make, kind: str) -> None:
         a = worker(0)
