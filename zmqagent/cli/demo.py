@@ -7,6 +7,7 @@ in the training: it only listens, and ends the others when one of them fails or 
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import queue
@@ -53,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--backend", choices=("ZMQ", "TENSORPIPE"), default="ZMQ", help="what carries the calls")
     parser.add_argument("--epochs", type=count, default=20, metavar="N", help="passes over the digits")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="digits in a step of a trainer")
-    parser.add_argument("--learning-rate", type=rate, default=0.003, metavar="RATE", help="of Adam")
+    parser.add_argument("--learning-rate", type=rate, default=0.0015, metavar="RATE", help="of NAdam")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the split, the weights and the order of the digits")
     parser.add_argument("--accuracy", type=share, default=95.0, metavar="PERCENT", help="of held-out digits to read right")
     parser.add_argument("--plot", type=Path, default=Path("loss.png"), metavar="FILE", help="where to draw the loss curve")
@@ -133,8 +134,9 @@ def _work(rank: int, job: Job, backend_name: str, init_method: str, reports: Any
     # Ends the process at once, wherever it waits; it comes by ^C, and also when the parent dies (torch's spawn arranges that).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    # What torch says of its own code when TENSORPIPE starts: nothing a user could act on.
+    # What torch says of its own code, when TENSORPIPE starts and of optimizers without TorchScript: a user can do nothing about it.
     warnings.filterwarnings("ignore", message="You are using a Backend")
+    logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     backend = rpc.BackendType[backend_name]
     rpc.init_rpc(

@@ -45,7 +45,7 @@ __all__ = [
 
 PIXELS = 64
 CLASSES = 10
-HIDDEN = 64
+HIDDEN = 128
 HELD_OUT = 360
 
 
@@ -112,7 +112,7 @@ def steps_in_epoch(job: Job, images: int) -> int:
 
 
 class FirstLayers(nn.Module):
-    """What the server owns: pixels (batch x 64) to features (batch x 64)."""
+    """What the server owns: pixels (batch x 64) to features (batch x 128)."""
 
     positions: Tensor
 
@@ -130,7 +130,7 @@ class FirstLayers(nn.Module):
 
 
 def last_layer() -> nn.Linear:
-    """What each trainer has: features (batch x 64) to one score a class (batch x 10)."""
+    """What each trainer has: features (batch x 128) to one score a class (batch x 10)."""
     return nn.Linear(HIDDEN, CLASSES)
 
 
@@ -235,7 +235,7 @@ def train(server: rpc.RRef[ParameterServer], index: int, job: Job, digits: Digit
     torch.manual_seed(job.seed)
     last = last_layer()
     parameters = [*server.rpc_sync().parameters(), *map(rpc.RRef, last.parameters())]
-    optimizer = DistributedOptimizer(torch.optim.Adam, parameters, lr=job.learning_rate)
+    optimizer = DistributedOptimizer(torch.optim.NAdam, parameters, lr=job.learning_rate)
     share = torch.arange(index, len(digits.labels), job.trainers)[: len(digits.labels) // job.trainers]
     shuffling = torch.Generator().manual_seed(job.seed * job.trainers + index)
     for _ in range(job.epochs):
