@@ -46,7 +46,7 @@ def call_the_other() -> None:
     try:
         rpc.rpc_sync("worker1", root, args=(-1.0,))
     except ValueError as error:
-        print("worker1 refused to take the root of -1:", "math domain error" in str(error), flush=True)
+        print(f"worker1 refused to take the root of -1 ({type(error).__name__})", flush=True)
     else:
         raise AssertionError("-1 has a root")
     print("all calls gave what they should", flush=True)

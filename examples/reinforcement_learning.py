@@ -1,8 +1,8 @@
 """Reinforcement learning: one agent decides, several observers live in worlds of their own and ask it what to do.
 
 The policy lives with the agent only. An observer sends what it sees and gets an action; after each round of episodes the agent
-makes what went well more likely (REINFORCE, Williams 1992). The world is the cart-pole of Barto, Sutton and Anderson (1983): a cart
-has to be pushed left and right so that the pole on it does not fall.
+makes what went well more likely (REINFORCE, Williams 1992). The world is the cart-pole of Barto, Sutton and Anderson (1983): a
+cart has to be pushed left and right so that the pole on it does not fall.
 
     python examples/reinforcement_learning.py
     torchrun --nproc-per-node 3 examples/reinforcement_learning.py
