@@ -1,20 +1,19 @@
 """How the workers of a static group find each other: through the store that ``init_rpc`` hands over.
 
-Every worker publishes a card under its rank and reads the cards of all others. A worker that cannot join publishes why, so that the
-others fail at once with the cause instead of waiting for their timeout. Nothing here is used once the group stands.
+Every worker publishes a card under its rank and reads the cards of all others. A worker that cannot join publishes why, so that
+the others fail at once with the cause instead of waiting for their timeout. Nothing here is used once the group stands.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import msgpack
 
 from zmqagent.exceptions import RendezvousError
 from zmqagent.transport.base import PeerRecord
-from zmqagent.wire.types import WorkerId
 
 __all__ = ["Rendezvous", "Store"]
 
@@ -51,12 +50,13 @@ class Rendezvous:
 
     def hosts(self, host: str) -> list[str]:
         """Publishes this worker's host identity and returns everyone's, by rank."""
-        return [str(values[0]) for values in self._exchange("host", [host])]
+        return [card["host"] for card in self._exchange("host", {"host": host})]
 
     def records(self, record: PeerRecord) -> list[PeerRecord]:
         """Publishes this worker's record and returns everyone's, by rank."""
-        fields = [record.name, record.worker_id, record.incarnation, record.host, record.pid, list(record.addresses)]
-        return [_record(values) for values in self._exchange("record", fields)]
+        return [
+            PeerRecord(**{**card, "addresses": tuple(card["addresses"])}) for card in self._exchange("record", asdict(record))
+        ]
 
     def refuse(self, error: Exception) -> None:
         """Tells the others that this worker cannot join, and why."""
@@ -73,11 +73,11 @@ class Rendezvous:
         # torch's stores take text only; hexadecimal is safe in all of them.
         self._store.set(self._key(stage, self._rank), msgpack.packb(card).hex())
 
-    def _exchange(self, stage: str, values: Sequence[object]) -> list[list[object]]:
+    def _exchange(self, stage: str, values: dict[str, Any]) -> list[dict[str, Any]]:
         self._publish(stage, {"values": values, "name": self._name})
         return [self._card(stage, rank) for rank in range(self._world_size)]
 
-    def _card(self, stage: str, rank: int) -> list[object]:
+    def _card(self, stage: str, rank: int) -> dict[str, Any]:
         self._wait(stage, rank)
         card = msgpack.unpackb(bytes.fromhex(self._store.get(self._key(stage, rank)).decode()))
         if "error" in card:
@@ -96,13 +96,7 @@ class Rendezvous:
     def _missing(self, stage: str) -> str:
         ranks = [rank for rank in range(self._world_size) if not self._store.check([self._key(stage, rank)])]
         return (
-            f"worker {self._name!r} (rank {self._rank}) waited {self._timeout:g} s in init_rpc, and of {self._world_size} workers those "
-            f"with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same init_method and "
+            f"worker {self._name!r} (rank {self._rank}) waited {self._timeout:g} s in init_rpc, and of {self._world_size} workers "
+            f"those with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same init_method and "
             "world_size, or give them more time with rpc_timeout."
         )
-
-
-def _record(values: list[object]) -> PeerRecord:
-    name, worker_id, incarnation, host, pid, addresses = values
-    assert isinstance(worker_id, int) and isinstance(incarnation, int) and isinstance(pid, int) and isinstance(addresses, list)
-    return PeerRecord(str(name), WorkerId(worker_id), incarnation, str(host), pid, tuple(addresses))

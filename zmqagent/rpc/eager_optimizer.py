@@ -7,7 +7,9 @@ go to the functions below, which run the same optimizer classes eagerly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed.rpc as rpc
@@ -15,12 +17,24 @@ import torch.distributed.rpc as rpc
 __all__ = ["EAGER_FORMS"]
 
 
+@contextmanager
+def _without_script_warning() -> Iterator[None]:
+    """Keeps torch from warning of TorchScript, which is not used here; all other warnings come through."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        if "TorchScript" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def _new_local_optimizer(optim_cls: type, local_params_rref: list[Any], *args: Any, **kwargs: Any) -> Any:
     """Makes the optimizer of this worker's parameters, and an RRef to it."""
     # Imported here, since it takes most of a second and few programs need it.
     from torch.distributed.optim.optimizer import _ScriptLocalOptimizer
 
-    return rpc.RRef(_ScriptLocalOptimizer(optim_cls, local_params_rref, *args, **kwargs))
+    with _without_script_warning():
+        local_optimizer = _ScriptLocalOptimizer(optim_cls, local_params_rref, *args, **kwargs)
+    return rpc.RRef(local_optimizer)
 
 
 def _local_optimizer_step(local_optim_rref: Any, autograd_ctx_id: int) -> None:

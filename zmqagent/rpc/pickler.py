@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.rpc import internal as torch_internal
 
@@ -72,9 +73,28 @@ def loads(body: Pickled) -> Any:
             raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
 
 
+def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
+    """Takes every array without Python objects out of the pickle; numpy leaves views with gaps, dates and time spans in it."""
+    if array.dtype.hasobject:
+        return array.__reduce_ex__(5)
+    if not (array.flags.c_contiguous or array.flags.f_contiguous):
+        array = array.copy()
+    try:
+        memoryview(array)  # type: ignore[arg-type]
+    except ValueError:
+        # Dates and time spans, also inside records, have no buffers.
+        return _restore_array, (array.reshape(-1).view("u1"), array.dtype, array.shape)
+    return array.__reduce_ex__(5)
+
+
+def _restore_array(data: np.ndarray[Any, Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    return data.view(dtype).reshape(shape)
+
+
 def _dispatch_table(obj: object) -> dict[type, Any]:
     """torch's table, with what users registered there; ScriptModules save themselves when they are the object sent."""
     table: dict[type, Any] = _torch_pickler._dispatch_table
+    table.setdefault(np.ndarray, _reduce_array)
     registered = _torch_pickler._class_reducer_dict
     if registered and not registered.keys() <= table.keys():
         table.update(registered)

@@ -86,8 +86,7 @@ def run_script(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a TorchScript function.
 
     Raises:
-        RemoteUserError: it raised. Exceptions have no types in TorchScript, and torch's own agent answers a RuntimeError, whatever a
-            later release of the interpreter makes of it.
+        RemoteUserError: it raised. Exceptions have no types in TorchScript, and torch's own agent answers a RuntimeError.
     """
     try:
         return function(*args, **kwargs)
