@@ -24,8 +24,11 @@ class Stage(nn.Module):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        torch.manual_seed(number)
         self.linear = nn.Linear(*_SIZES[number], dtype=torch.float64)
+        # Of its own, since other threads of this process draw numbers too.
+        generator = torch.Generator().manual_seed(number)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5, generator=generator)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.linear(x))
@@ -38,8 +41,7 @@ class Stage(nn.Module):
 
 
 def _batch() -> torch.Tensor:
-    torch.manual_seed(100)
-    return torch.randn(6, 4, dtype=torch.float64)
+    return torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(100))
 
 
 def _loss(first: Any, second: Any, third: Any, x: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ def test_the_error_names_the_function_of_a_call() -> None:
 
 
 def test_an_error_of_this_package_passes_unchanged() -> None:
-    with pytest.raises(RRefUsageError, match="^ours$"):
+    with pytest.raises(RRefUsageError, match=r"^ours$"):
         pickler.dumps(_RaisesOurs())
 
 

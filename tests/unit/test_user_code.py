@@ -53,12 +53,17 @@ def test_the_body_sees_a_clean_state_and_the_thread_gets_its_own_back(dirt: str)
     assert _state() == CLEAN
 
 
+@clean_state()
+def _raise_in_a_clean_state() -> None:
+    assert _state() == CLEAN
+    raise ValueError("within")
+
+
 def test_all_at_once_are_cleaned_also_when_the_body_raises() -> None:
     with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), _Mode(), torch.device("meta"):
         dirty = _state()
-        with pytest.raises(ValueError, match="within"), clean_state():
-            assert _state() == CLEAN
-            raise ValueError("within")
+        with pytest.raises(ValueError, match="within"):
+            _raise_in_a_clean_state()
         assert _state() == dirty
 
 

@@ -70,7 +70,10 @@ def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
         CalleeError: this process has none of that name.
     """
     if is_builtin:
-        operator, _overloads = torch._C._jit_get_operation(name)
+        try:
+            operator, _overloads = torch._C._jit_get_operation(name)
+        except RuntimeError as error:
+            raise CalleeError(f"{name} is no name of an operator: {error}") from error
         if operator is None:
             raise CalleeError(f"this worker's torch {torch.__version__} has no operator {name}")
         return operator
