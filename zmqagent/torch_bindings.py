@@ -193,8 +193,8 @@ def _dispatcher(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tell_compiler(dispatchers: Mapping[int, tuple[str, Any]]) -> None:
-    """TorchScript's compiler knows some of the functions by their ids; it is to know the dispatchers by theirs as well, for scripts
-    that run on torch's own agent. A table that is not made yet will hold them anyway."""
+    """TorchScript's compiler knows some of the functions by their ids; it is to know the dispatchers by theirs as well, for
+    scripts that run on torch's own agent. A table that is not made yet will hold them anyway."""
     known = torch.jit._builtins._builtin_table
     if known is not None:
         for number, (_, dispatcher) in dispatchers.items():
