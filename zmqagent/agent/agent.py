@@ -1,10 +1,10 @@
 """The agent of one worker: what torch calls an RpcAgent, and what the layers above see as a `Requester`.
 
-It joins the parts of its layer: the transport, the group, the exchange of requests, and the executor whose threads receive and run.
-It unpickles nothing; requests go up through the `RequestCallback`.
+It joins the parts of its layer: the transport, the group, the exchange of requests, and the executor whose threads receive and
+run. It unpickles nothing; requests go up through the `RequestCallback`.
 
-How it ends. `join` waits until no worker of the group has a call under way. `shutdown` says goodbye, stops the threads, fails what
-still waits, and closes the transport; it may be called at any time, from any thread, and more than once.
+How it ends. `join` waits until no worker of the group has a call under way. `shutdown` says goodbye, stops the threads, fails
+what still waits, and closes the transport; it may be called at any time, from any thread, and more than once.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class ZmqRpcAgent:
         return f"<ZmqRpcAgent {self._me.name!r} ({self._me.worker_id}), {self._transport!r}>"
 
     def start(self, records: Iterable[PeerRecord], callback: RequestCallback, on_worker_lost: OnWorkerLost) -> None:
-        """Takes in the group and begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a thread of
-        the agent, of each peer that has gone, once its calls have failed."""
+        """Takes in the group and begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a
+        thread of the agent, of each peer that has gone, once its calls have failed."""
         self._callback = callback
         self._on_worker_lost = on_worker_lost
         self._group.join(self._me)
@@ -207,8 +207,8 @@ class ZmqRpcAgent:
             if not self._exchange.wait_until_idle(deadline):
                 client, server = self._exchange.active()
                 raise RpcTimeoutError(
-                    f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} that it "
-                    "serves are still under way"
+                    f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} "
+                    "that it serves are still under way"
                 )
             # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
             if self._barrier(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
@@ -227,12 +227,13 @@ class ZmqRpcAgent:
         self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
             self._interrupts.close()
-        left = self._executor.close()
         # Requests that had not begun are dropped: their callers learn it from the goodbye. Completions are owed to callers here.
-        for task in left:
+        for task in self._executor.stop():
             if not is_request(task):
                 task()
+        # Before the threads have ended: a function that one of them runs may wait for the answer to a call.
         self._exchange.close(reason)
+        self._executor.join()
         self._transport.close()
 
     # Receiving, on the thread of the executor that has the turn.

@@ -51,9 +51,9 @@ class Requester(Protocol):
     ) -> None:
         """Sends ``message`` to ``to`` (which may be this worker itself).
 
-        ``on_reply`` runs exactly once, later, on a thread of the agent that holds no lock and does not receive: it may block, send
-        and run user code. It never runs inside this call. ``retry`` is for idempotent messages: they are sent again (5 tries, 1 s x
-        1.5^n apart) until an answer comes. ``device_map`` overrides the options' map for this message's tensors.
+        ``on_reply`` runs exactly once, later, on a thread of the agent that holds no lock and does not receive: it may block,
+        send and run user code. It never runs inside this call. ``retry`` is for idempotent messages: they are sent again (5
+        tries, 1 s x 1.5^n apart) until an answer comes. ``device_map`` overrides the options' map for this message's tensors.
 
         Raises:
             RpcError: a fault found before anything was accepted (unknown worker, device without a map, shutdown); then
@@ -67,6 +67,6 @@ class RequestCallback(Protocol):
     def __call__(self, source: WorkerId, message: Message, respond: Respond) -> None:
         """Serves one request, on a thread of the agent that may run user code.
 
-        ``respond`` must be called exactly once, now or later and from any thread; an exception raised here is answered by the agent
-        as a `Failure`. Tensors of ``message`` are torch tensors again.
+        ``respond`` must be called exactly once, now or later and from any thread; an exception raised here is answered by the
+        agent as a `Failure`. Tensors of ``message`` are torch tensors again.
         """

@@ -29,8 +29,8 @@ class Codec:
         destination_incarnation: int,
         target: Callable[[torch.device], torch.device] = cpu_only,
     ) -> list[Any]:
-        """The frames of ``message``. They hold copies of the tensors' bytes, so that nothing that happens to the tensors later changes
-        what is sent, or sent again.
+        """The frames of ``message``. They hold copies of the tensors' bytes, so that nothing that happens to the tensors later
+        changes what is sent, or sent again.
 
         Raises:
             NotPicklableError, DeviceMapError, InvalidTypeError: it cannot be sent; the text says what in it.

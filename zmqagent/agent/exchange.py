@@ -1,7 +1,7 @@
 """Requests out and answers in, requests in and answers out: the traffic of one worker.
 
-`Exchange` is the shell around the two machines that know calls: `Calls`, what this worker asked others, and `Served`, what others asked
-of it. It receives on whichever thread of the executor has the turn; what it receives it hands back as a task, so that neither
+`Exchange` is the shell around the two machines that know calls: `Calls`, what this worker asked others, and `Served`, what others
+asked of it. It takes in what whichever thread of the executor has the turn receives, and hands it back as a task, so that neither
 user code nor the decoding of tensors holds up receiving.
 """
 
@@ -74,12 +74,14 @@ class Exchange:
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
         self.gil = GilProfiler()
-        # Protects _calls, _waiting, _numbers and _looks_up_at; held for single steps of the machine.
+        # Protects _calls, _waiting, _looks_up_at and _closed_for; held for single steps of the machine. Drawing one of _numbers
+        # is a single step of the interpreter.
         self._lock = threading.Lock()
         self._calls = Calls()
         self._waiting: dict[CallId, _Waiting] = {}
         self._numbers: defaultdict[WorkerId, itertools.count[int]] = defaultdict(itertools.count)
         self._looks_up_at = 0.0
+        self._closed_for: ShutdownError | None = None
         # Used by the thread that receives alone, and for calls to oneself; the lock orders these.
         self._served_lock = threading.Lock()
         self._served = Served()
@@ -106,7 +108,7 @@ class Exchange:
         target: Callable[[Any], Any] | None = None,
     ) -> None:
         """Sends ``message`` to ``peer``; see `Requester.request`. ``timeout`` is in seconds, 0 for none; ``target`` is the
-        device map. Raises what `Codec.encode` and `Transport.send` raise."""
+        device map. Raises what `Codec.encode` and `Transport.send` raise, and ShutdownError once closed."""
         to = peer.worker_id
         call_id = (to, next(self._numbers[to]))
         encode = partial(self._codec.encode, message, call_id[1], peer.incarnation)
@@ -114,15 +116,18 @@ class Exchange:
         counted = int(message.type not in _UNCOUNTED)
         now = time.monotonic()
         with self._lock:
+            if self._closed_for is not None:
+                raise self._closed_for
             self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted)
             is_earlier = self._calls.next_deadline() < self._looks_up_at
         self._count_client(counted)
         try:
             self._send(to, frames)
-        except BaseException:
-            self._withdraw(call_id)
-            raise
+        except BaseException as error:
+            # A call that has failed meanwhile tells of it by its callback, and must not do so twice.
+            if self._withdraw(call_id) or not isinstance(error, RpcError):
+                raise
         if is_earlier:
             self._transport.wake()
 
@@ -140,41 +145,40 @@ class Exchange:
         if task is not None:
             self.submit([task])
 
-    def _withdraw(self, call_id: CallId) -> None:
+    def _withdraw(self, call_id: CallId) -> bool:
+        """Takes back a call that was not sent; False if it has ended already, and its callback counts it down."""
         with self._lock:
             self._calls.withdrawn(call_id)
             withdrawn = self._waiting.pop(call_id, None)
-        # Lost between the start and the send, it has been completed already, and its callback counts it down.
-        if withdrawn is not None:
-            self._count_client(-withdrawn.counted)
+        if withdrawn is None:
+            return False
+        self._count_client(-withdrawn.counted)
+        return True
 
     # The machine's instructions.
 
     def worker_lost(self, worker_id: WorkerId, reason: RpcError) -> None:
         """No answer will come from ``worker_id`` any more."""
-        with self._lock:
-            instructions = self._calls.worker_lost(worker_id, reason)
-        self.submit(self._tasks(instructions))
+        self.submit(self._step(partial(self._calls.worker_lost, worker_id, reason)))
 
     def interrupt(self) -> None:
         """^C: the calls under way fail, so that whoever waits for them is let go."""
-        with self._lock:
-            instructions = self._calls.interrupted()
-        self.submit(self._tasks(instructions))
+        self.submit(self._step(self._calls.interrupted))
 
     def close(self, reason: ShutdownError) -> None:
-        """The calls under way fail with ``reason``; their callbacks run on the calling thread, since no other is left."""
-        with self._lock:
-            instructions = self._calls.closed(reason)
-        for task in self._tasks(instructions):
+        """The calls under way and all later ones fail with ``reason``. The callbacks run on the calling thread, since no other
+        will run anything."""
+
+        def step() -> list[Instruction]:
+            self._closed_for = reason
+            return self._calls.closed(reason)
+
+        for task in self._step(step):
             task()
 
     def tick(self) -> list[Task]:
         """What time has brought: tasks that complete calls whose time is over. Sends again what is to be sent again."""
-        now = time.monotonic()
-        with self._lock:
-            instructions = self._calls.tick(now)
-        return self._tasks(instructions)
+        return self._step(partial(self._calls.tick, time.monotonic()))
 
     def time_to_look_up(self, at_most: float) -> float:
         """Seconds that receiving may wait before `tick` has something to do, and at most ``at_most``."""
@@ -183,17 +187,20 @@ class Exchange:
             self._looks_up_at = min(now + at_most, self._calls.next_deadline())
             return max(0.0, self._looks_up_at - now)
 
-    def _tasks(self, instructions: Iterable[Instruction]) -> list[Task]:
+    def _step(self, step: Callable[[], list[Instruction]]) -> list[Task]:
+        """Has the machine take a step, sends again what it says, and returns the completions as tasks."""
         tasks: list[Task] = []
-        for instruction in instructions:
-            with self._lock:
+        again: list[tuple[WorkerId, list[Any] | None]] = []
+        # One hold for the machine and the table beside it: a call may be answered or withdrawn at any other moment.
+        with self._lock:
+            for instruction in step():
                 if isinstance(instruction, Complete):
-                    waiting = self._waiting.pop(instruction.call_id)
-                    tasks.append(partial(self._complete, waiting, instruction.error))
-                    continue
-                again = self._waiting.get(instruction.call_id)
-            if again is not None and again.frames is not None:
-                self._resend(instruction.call_id[0], again.frames)
+                    tasks.append(partial(self._complete, self._waiting.pop(instruction.call_id), instruction.error))
+                else:
+                    again.append((instruction.call_id[0], self._waiting[instruction.call_id].frames))
+        for to, frames in again:
+            if frames is not None:
+                self._resend(to, frames)
         return tasks
 
     def _resend(self, to: WorkerId, frames: list[Any]) -> None:
@@ -204,15 +211,15 @@ class Exchange:
             _logger.debug("could not send again to worker %d: %s", to, error)
 
     def submit(self, tasks: Iterable[Task]) -> None:
-        """Has ``tasks`` run on the threads of this worker; on this one if they have ended."""
+        """Has ``tasks`` run on the threads of this worker. Once these have ended, completions run on this one, and requests (of
+        this worker to itself) are dropped."""
+        assert self._executor is not None
         for task in tasks:
             try:
-                if self._executor is None:
-                    task()
-                else:
-                    self._executor.submit(task)
+                self._executor.submit(task)
             except ShutdownError:
-                task()
+                if not is_request(task):
+                    task()
 
     # Receiving.
 
@@ -268,6 +275,9 @@ class Exchange:
     def _complete(self, waiting: _Waiting, reply: Reply) -> None:
         try:
             waiting.on_reply(reply)
+        except Exception:
+            # A defect of the layer above, which must not keep others from their answers.
+            _logger.exception("a callback of worker %s failed", self._me.name)
         finally:
             self._count_client(-waiting.counted)
 
@@ -282,7 +292,8 @@ class Exchange:
             self._serve(envelope.source, self._codec.message(envelope), respond)
         except RpcError as error:
             respond.fail(error)
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit too: whoever asked waits for an answer, whatever was raised.
             _logger.exception("worker %s failed to serve a %s", self._me.name, envelope.type.name)
             respond.fail(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}"))
         respond.defer()
@@ -293,9 +304,10 @@ class Exchange:
         try:
             try:
                 frames = self._codec.encode(message, number, incarnation)
-            except RpcError as error:
+            except Exception as error:
                 # The result cannot travel, and the caller should know why.
-                frames = self._codec.encode(self.failure(error), number, incarnation)
+                reason = error if isinstance(error, RpcError) else CalleeError(f"the result cannot be encoded: {error!r}")
+                frames = self._codec.encode(self.failure(reason), number, incarnation)
             self._send(to, frames)
         except RpcError as error:
             # The caller is gone, or this worker is: nobody waits for the answer.

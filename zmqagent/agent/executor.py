@@ -22,6 +22,9 @@ PATIENCE = 0.005
 """Seconds a task waits for a busy thread to come free before a thread beyond the configured number is started: long enough that
 short functions never cost a thread, short enough that a nested call is not felt."""
 
+_PAUSE_AFTER_FAILURE = 0.05
+"""Seconds until receiving is tried again after it raised, so that a lasting fault cannot keep a core busy."""
+
 Task = Callable[[], None]
 
 _logger = logging.getLogger(__name__)
@@ -31,8 +34,8 @@ class Executor:
     """Runs ``receive`` on one thread at a time and the tasks it returns on up to ``size`` threads.
 
     Args:
-        receive: called as ``receive(timeout)``, on one thread at a time; waits up to ``timeout`` seconds (None: as long as it likes,
-            it decides itself when to look up) and returns a task to run, or None. It must return soon after ``wake``.
+        receive: called as ``receive(timeout)``, on one thread at a time; waits up to ``timeout`` seconds (None: as long as it
+            likes, it decides itself when to look up) and returns a task to run, or None. It must return soon after ``wake``.
         wake: makes ``receive`` return; called from any thread.
         size: how many tasks run at once before patience is asked for.
         name: prefix of the threads' names.
@@ -45,14 +48,16 @@ class Executor:
         self._name = name
         # Protects all fields below. Held for a few instructions only, never while receiving or running a task.
         self._lock = threading.Lock()
-        # Held by the thread that receives. Idle threads wait for it; it ends with the executor (see close).
+        # Held by the thread that receives. Idle threads wait for it; stop takes it once, to be sure that nobody receives.
         self._turn = threading.Lock()
         self._backlog: deque[Task] = deque()
         self._waiting_since = 0.0  # when the backlog last got shorter, or began
         self._threads: set[threading.Thread] = set()
         self._started = 0
         self._idle = 0  # threads that receive or wait for their turn to
-        self._closed = False
+        self._busy = 0  # threads that run a task
+        self._closed = False  # no task begins any more
+        self._drained = False  # no task is taken in any more
 
     def start(self) -> None:
         """Starts the first two threads: one receives while the other runs. More come when they are needed."""
@@ -63,10 +68,10 @@ class Executor:
         """Has ``task`` run on one of the threads. Any thread may call this.
 
         Raises:
-            ShutdownError: the executor is closed.
+            ShutdownError: the executor has stopped.
         """
         with self._lock:
-            if self._closed:
+            if self._drained:
                 raise ShutdownError(f"worker {self._name} has shut down and runs nothing more")
             if not self._backlog:
                 self._waiting_since = time.monotonic()
@@ -81,24 +86,37 @@ class Executor:
     def num_idle(self) -> int:
         """How many of the configured threads run no task now (threads that were not needed yet count as idle)."""
         with self._lock:
-            return max(0, self._size - (len(self._threads) - self._idle))
+            return max(0, self._size - self._busy)
 
-    def close(self) -> list[Task]:
-        """Stops receiving, waits until every thread has ended its task, and returns the tasks that had not begun.
+    def stop(self) -> list[Task]:
+        """Stops receiving, has no further task begin, and returns the tasks that had not. Idempotent."""
+        with self._lock:
+            self._closed = True
+        self._wake()
+        # Whoever receives now may still bring a task; after that nobody receives again.
+        with self._turn, self._lock:
+            self._drained = True
+            left = list(self._backlog)
+            self._backlog.clear()
+        return left
+
+    def join(self) -> None:
+        """Waits, after `stop`, until every thread has ended its task.
 
         A thread of the executor that calls this ends after the task that called. User code that blocks for ever would block this
         too; the threads are daemons, so they never hold up the interpreter's exit. Idempotent.
         """
         with self._lock:
-            self._closed = True
-            left = list(self._backlog)
-            self._backlog.clear()
             threads = list(self._threads)
-        self._wake()
         current = threading.current_thread()
         for thread in threads:
             if thread is not current:
                 thread.join()
+
+    def close(self) -> list[Task]:
+        """`stop`, then `join`. What the threads run must not wait for tasks that had not begun."""
+        left = self.stop()
+        self.join()
         return left
 
     def _add_thread(self) -> None:
@@ -126,46 +144,61 @@ class Executor:
     def _run(self, task: Task) -> None:
         try:
             task()
-        except Exception:
-            # Tasks answer their own failures; what reaches this point is a defect, and the thread must survive it.
+        except BaseException:
+            # Tasks answer their own failures; what reaches this point, be it SystemExit, is a defect, and the thread survives it.
             _logger.exception("a task of worker %s failed", self._name)
+        finally:
+            with self._lock:
+                self._busy -= 1
 
     def _next_task(self) -> Task | None:
         with self._lock:
+            if self._closed:
+                return None
             # Only if somebody receives: the last thread that could has to, or nobody would ever receive again.
             if self._backlog and self._idle:
                 return self._take()
             surplus = len(self._threads) > self._size + 1 and self._idle >= 2
-            if self._closed or surplus:
+            if surplus:
                 return None
             self._idle += 1
         with self._turn:
             return self._receive_task()
 
-    def _take(self) -> Task | None:
+    def _take(self) -> Task:
         """The oldest task, with the lock held. Somebody came free, so whoever waits behind it is given new patience."""
         self._waiting_since = time.monotonic()
-        return self._backlog.popleft() if self._backlog else None
+        self._busy += 1
+        return self._backlog.popleft()
 
     def _receive_task(self) -> Task | None:
         """Receives, with the turn held, until there is a task that this thread may run; None once closed."""
         with self._lock:
             timeout = self._patience_left()
         while True:
-            task = None if self._closed else self._receive(timeout)
+            task = None if self._closed else self._receive_once(timeout)
             with self._lock:
-                if task is not None and not self._closed:
+                if task is not None:
                     if not self._backlog:
                         self._waiting_since = time.monotonic()
                     self._backlog.append(task)
                 if self._closed or (self._backlog and self._idle > 1):
                     self._idle -= 1
-                    return self._take()
+                    return None if self._closed else self._take()
                 timeout = self._patience_left()
                 grow = timeout is not None and (timeout <= 0 or len(self._threads) <= self._size)
             if grow:
                 self._add_thread()
                 timeout = PATIENCE
+
+    def _receive_once(self, timeout: float | None) -> Task | None:
+        try:
+            return self._receive(timeout)
+        except Exception:
+            # A defect too; without a thread that receives the worker would hang.
+            _logger.exception("worker %s could not receive", self._name)
+            time.sleep(_PAUSE_AFTER_FAILURE)
+            return None
 
     def _patience_left(self) -> float | None:
         """Seconds until the backlog deserves one more thread, with the lock held; None if nothing waits."""

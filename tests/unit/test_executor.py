@@ -1,0 +1,296 @@
+"""`zmqagent.agent.executor`: somebody always receives, whatever the tasks do, and nothing that came in is lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+
+import pytest
+
+from zmqagent.agent.executor import Executor, Task
+from zmqagent.exceptions import ShutdownError
+
+DEADLINE_S = 30.0
+"""Far more than anything here takes: only a hang is meant to reach it."""
+
+
+class Wire:
+    """What an executor receives from: tasks, errors to raise, and wake-ups (None)."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[Task | Exception | None] = SimpleQueue()
+        self.receiving = 0
+        self.most_receiving = 0
+
+    def receive(self, timeout: float | None) -> Task | None:
+        self.receiving += 1
+        self.most_receiving = max(self.most_receiving, self.receiving)
+        try:
+            item = self.queue.get(timeout=timeout) if timeout is None or timeout > 0 else self.queue.get_nowait()
+        except Empty:
+            return None
+        finally:
+            self.receiving -= 1
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def wake(self) -> None:
+        self.queue.put(None)
+
+
+Start = Callable[[int], Executor]
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+@pytest.fixture
+def start(wire: Wire) -> Iterator[Start]:
+    """Starts executors; at the end none of their threads may be left."""
+    before = set(threading.enumerate())
+    started: list[Executor] = []
+
+    def make(size: int) -> Executor:
+        started.append(Executor(wire.receive, wire.wake, size, "worker"))
+        started[-1].start()
+        return started[-1]
+
+    yield make
+    for executor in started:
+        executor.close()
+    assert set(threading.enumerate()) <= before
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(DEADLINE_S)
+
+
+def wait_for(condition: Callable[[], bool], executor: Executor) -> None:
+    """Has tasks pass through the executor until ``condition`` holds."""
+    for _ in range(10_000):
+        if condition():
+            return
+        passed = threading.Event()
+        executor.submit(passed.set)
+        wait(passed)
+    raise AssertionError("it never came to hold")
+
+
+def test_received_and_submitted_tasks_run(wire: Wire, start: Start) -> None:
+    executor = start(2)
+    received, submitted = threading.Event(), threading.Event()
+    wire.queue.put(received.set)
+    executor.submit(submitted.set)
+    wait(received)
+    wait(submitted)
+    assert executor.size == 2
+
+
+def test_receiving_goes_on_while_every_thread_runs_blocked_user_code(wire: Wire, start: Start) -> None:
+    start(3)
+    release = threading.Event()
+    began = [threading.Event() for _ in range(3)]
+    for event in began:
+
+        def block(event: threading.Event = event) -> None:
+            event.set()
+            wait(release)
+
+        wire.queue.put(block)
+    for event in began:
+        wait(event)
+    last = threading.Event()
+    wire.queue.put(last.set)
+    wait(last)
+    release.set()
+
+
+def test_calls_nested_deeper_than_the_pool_end_and_the_surplus_threads_go_again(wire: Wire, start: Start) -> None:
+    before = threading.active_count()
+    executor = start(1)
+    depth = 12
+    most: list[int] = []
+    done = [threading.Event() for _ in range(depth)]
+
+    def nested(level: int) -> None:
+        if level + 1 < depth:
+            wire.queue.put(lambda: nested(level + 1))
+            wait(done[level + 1])
+        else:
+            most.append(threading.active_count() - before)
+        done[level].set()
+
+    wire.queue.put(lambda: nested(0))
+    wait(done[0])
+    assert most[0] > depth
+    # The configured thread, and one that receives meanwhile.
+    wait_for(lambda: threading.active_count() - before <= 2, executor)
+
+
+def test_one_thread_receives_at_a_time(wire: Wire, start: Start) -> None:
+    start(4)
+    left = 200
+    lock = threading.Lock()
+    done = threading.Event()
+
+    def task() -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            if not left:
+                done.set()
+
+    for _ in range(200):
+        wire.queue.put(task)
+    wait(done)
+    assert wire.most_receiving == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), SystemExit(3), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_what_a_task_raises_is_logged_and_ends_no_thread(
+    error: BaseException, wire: Wire, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = start(1)
+    for _ in range(5):
+        ran = threading.Event()
+
+        def fail(ran: threading.Event = ran) -> None:
+            ran.set()
+            raise error
+
+        wire.queue.put(fail)
+        wait(ran)
+    after = threading.Event()
+    executor.submit(after.set)
+    wait(after)
+    wait_for(lambda: executor.num_idle() == executor.size, executor)
+    assert [record.message for record in caplog.records] == ["a task of worker worker failed"] * 5
+
+
+def test_a_failure_to_receive_is_logged_and_receiving_goes_on(wire: Wire, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    start(2)
+    for number in range(3):
+        wire.queue.put(OSError(f"failure {number}"))
+    after = threading.Event()
+    wire.queue.put(after.set)
+    wait(after)
+    assert [record.message for record in caplog.records] == ["worker worker could not receive"] * 3
+    assert caplog.records[0].levelno == logging.ERROR
+
+
+def test_threads_that_run_tasks_are_not_idle(wire: Wire, start: Start) -> None:
+    executor = start(3)
+    assert executor.num_idle() == 3
+    began, release = threading.Event(), threading.Event()
+
+    def block() -> None:
+        began.set()
+        wait(release)
+
+    executor.submit(block)
+    wait(began)
+    assert executor.num_idle() == 2
+    release.set()
+    wait_for(lambda: executor.num_idle() == 3, executor)
+
+
+def test_stop_returns_what_had_not_begun_and_nothing_begins_after_it(wire: Wire, start: Start) -> None:
+    """The task comes in at the last moment: while stop waits for the thread that receives."""
+    stopping = threading.Event()
+    ran: list[str] = []
+
+    def late() -> None:
+        ran.append("late")
+
+    def receive(timeout: float | None) -> Task | None:
+        wait(stopping)
+        return late
+
+    executor = Executor(receive, stopping.set, 1, "worker")
+    executor.start()
+    assert executor.stop() == [late]
+    assert executor.stop() == []
+    executor.join()
+    assert ran == []
+    with pytest.raises(ShutdownError, match="worker worker has shut down and runs nothing more"):
+        executor.submit(late)
+
+
+def test_what_the_receiving_thread_submits_while_the_executor_stops_is_not_lost() -> None:
+    stopping = threading.Event()
+    refused: list[ShutdownError] = []
+
+    def completion() -> None:
+        raise AssertionError("it is for whoever stopped the executor")
+
+    def receive(timeout: float | None) -> Task | None:
+        wait(stopping)
+        try:
+            executor.submit(completion)
+        except ShutdownError as error:
+            refused.append(error)
+        return None
+
+    executor = Executor(receive, stopping.set, 1, "worker")
+    executor.start()
+    left = executor.close()
+    assert refused == []
+    assert set(left) == {completion}
+
+
+def test_close_waits_for_tasks_that_have_begun(wire: Wire, start: Start) -> None:
+    executor = start(1)
+    began, release, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def task() -> None:
+        began.set()
+        wait(release)
+        ended.set()
+
+    wire.queue.put(task)
+    wait(began)
+    assert executor.stop() == []
+    closer = threading.Thread(target=executor.join)
+    closer.start()
+    assert closer.is_alive()
+    release.set()
+    closer.join(DEADLINE_S)
+    assert not closer.is_alive()
+    assert ended.is_set()
+
+
+def test_a_thread_of_its_own_may_close_it(wire: Wire, start: Start) -> None:
+    executor = start(2)
+    closed = threading.Event()
+
+    def close() -> None:
+        executor.close()
+        closed.set()
+
+    wire.queue.put(close)
+    wait(closed)
+    executor.join()
+    assert executor.close() == []
+
+
+def test_a_task_s_arguments_are_let_go_when_it_has_ended(wire: Wire, start: Start) -> None:
+    class Argument:
+        pass
+
+    executor = start(1)
+    gone = threading.Event()
+
+    def make() -> Task:
+        argument = Argument()
+        weakref.finalize(argument, gone.set)
+        return lambda: None if argument else None
+
+    wire.queue.put(make())
+    wait(gone)
+    assert executor.size == 1
