@@ -1,7 +1,8 @@
 """How the workers of a static group find each other: through the store that ``init_rpc`` hands over.
 
-Every worker publishes a card under its rank and reads the cards of all others. A worker that cannot join publishes why, so that
-the others fail at once with the cause instead of waiting for their timeout. Nothing here is used once the group stands.
+Every worker claims its rank, publishes a card under it, and reads the cards of all others. A worker that cannot join publishes
+why, so that the others fail at once with the cause instead of waiting for their timeout. Nothing here is used once the group
+stands.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ __all__ = ["Rendezvous", "Store"]
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
 
+_REFUSAL = "zmqagent/refusal"
+"""The key of the first refusal; whoever waits for a card looks for it too."""
+
 
 class Store(Protocol):
     """The part of ``torch.distributed.Store`` that is used."""
@@ -29,6 +33,8 @@ class Store(Protocol):
     def get(self, key: str) -> bytes: ...
 
     def check(self, keys: list[str]) -> bool: ...
+
+    def add(self, key: str, amount: int) -> int: ...
 
 
 class Rendezvous:
@@ -49,54 +55,71 @@ class Rendezvous:
         self._deadline = time.monotonic() + timeout if timeout else float("inf")
 
     def hosts(self, host: str) -> list[str]:
-        """Publishes this worker's host identity and returns everyone's, by rank."""
+        """Claims the rank, publishes this worker's host identity and returns everyone's, by rank.
+
+        Raises:
+            RendezvousError: the rank is taken, somebody did not come in time, or somebody could not join.
+        """
+        if self._store.add(f"zmqagent/rank/{self._rank}", 1) != 1:
+            raise RendezvousError(
+                f"worker {self._name!r} claims rank {self._rank}, which another worker of the group has claimed before it: give "
+                f"each of the {self._world_size} workers a rank of its own"
+            )
         return [card["host"] for card in self._exchange("host", {"host": host})]
 
     def records(self, record: PeerRecord) -> list[PeerRecord]:
-        """Publishes this worker's record and returns everyone's, by rank."""
-        return [
-            PeerRecord(**{**card, "addresses": tuple(card["addresses"])}) for card in self._exchange("record", asdict(record))
-        ]
+        """Publishes this worker's record and returns everyone's, by rank.
+
+        Raises:
+            RendezvousError: somebody did not come in time, or could not join.
+        """
+        cards = self._exchange("record", asdict(record))
+        return [PeerRecord(**{**card, "addresses": tuple(card["addresses"])}) for card in cards]
 
     def refuse(self, error: Exception) -> None:
-        """Tells the others that this worker cannot join, and why."""
-        text = f"{type(error).__name__}: {error}"
-        # Whoever has not got that far yet finds the reason in the first card it reads.
-        for stage in ("host", "record"):
-            if not self._store.check([self._key(stage, self._rank)]):
-                self._publish(stage, {"error": text, "name": self._name})
+        """Tells the others that this worker cannot join, and why. Only the first refusal counts: others follow from it."""
+        if not self._store.check([_REFUSAL]):
+            text = f"{type(error).__name__}: {error}"
+            self._store.set(_REFUSAL, _to_text({"rank": self._rank, "name": self._name, "error": text}))
 
     def _key(self, stage: str, rank: int) -> str:
         return f"zmqagent/{stage}/{rank}"
 
-    def _publish(self, stage: str, card: dict[str, object]) -> None:
-        # torch's stores take text only; hexadecimal is safe in all of them.
-        self._store.set(self._key(stage, self._rank), msgpack.packb(card).hex())
-
-    def _exchange(self, stage: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-        self._publish(stage, {"values": values, "name": self._name})
+    def _exchange(self, stage: str, card: dict[str, Any]) -> list[dict[str, Any]]:
+        self._store.set(self._key(stage, self._rank), _to_text(card))
         return [self._card(stage, rank) for rank in range(self._world_size)]
 
     def _card(self, stage: str, rank: int) -> dict[str, Any]:
-        self._wait(stage, rank)
-        card = msgpack.unpackb(bytes.fromhex(self._store.get(self._key(stage, rank)).decode()))
-        if "error" in card:
-            raise RendezvousError(f"worker {card['name']!r} (rank {rank}) could not join the group: {card['error']}")
-        return card["values"]  # type: ignore[no-any-return]
-
-    def _wait(self, stage: str, rank: int) -> None:
         """Waits for one worker's card. The store's own wait would not see ^C, so this asks again and again, ever more slowly."""
+        key = self._key(stage, rank)
         pause = _FIRST_PAUSE
-        while not self._store.check([self._key(stage, rank)]):
+        while not self._store.check([key]):
+            if self._store.check([_REFUSAL]):
+                refusal = _from_text(self._store.get(_REFUSAL))
+                raise RendezvousError(
+                    f"worker {refusal['name']!r} (rank {refusal['rank']}) could not join the group: {refusal['error']}"
+                )
             if time.monotonic() > self._deadline:
                 raise RendezvousError(self._missing(stage))
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+        return _from_text(self._store.get(key))
 
     def _missing(self, stage: str) -> str:
         ranks = [rank for rank in range(self._world_size) if not self._store.check([self._key(stage, rank)])]
         return (
             f"worker {self._name!r} (rank {self._rank}) waited {self._timeout:g} s in init_rpc, and of {self._world_size} workers "
-            f"those with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same init_method and "
-            "world_size, or give them more time with rpc_timeout."
+            f"those with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same "
+            "init_method and world_size, or give them more time with rpc_timeout."
         )
+
+
+def _to_text(card: dict[str, Any]) -> str:
+    # torch's stores take text only; hexadecimal is safe in all of them.
+    packed: bytes = msgpack.packb(card)
+    return packed.hex()
+
+
+def _from_text(text: bytes) -> dict[str, Any]:
+    card: dict[str, Any] = msgpack.unpackb(bytes.fromhex(text.decode()))
+    return card
