@@ -81,6 +81,8 @@ class Network:
             task()
         except BaseException as error:
             self.errors.append(error)
+        # At rest means that nothing is held any more either.
+        del task
         with self._changed:
             self._busy -= 1
             self._changed.notify_all()

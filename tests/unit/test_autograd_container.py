@@ -114,6 +114,7 @@ def test_a_dropped_lease_ends_the_context_everywhere() -> None:
         lease = spread(network)
         context_id = lease._context_id()
         remains = weakref.ref(lease.context)
+        network.settle()
         del lease
         gc.collect()
         assert remains() is None
@@ -152,6 +153,7 @@ def test_a_message_that_comes_after_the_cleanup_does_not_bring_the_context_back(
             container.retrieve_context(77)
         with container.activate(late):
             network.workers[1].call(2, lambda _, t: [t], torch.ones(1)).result(WAIT)
+        network.settle()
         assert contexts_of(network) == ["0", "0", "1"]
         del late
         gc.collect()
