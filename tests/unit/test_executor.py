@@ -289,7 +289,7 @@ def test_a_task_s_arguments_are_let_go_when_it_has_ended(wire: Wire, start: Star
     def make() -> Task:
         argument = Argument()
         weakref.finalize(argument, gone.set)
-        return lambda: None if argument else None
+        return lambda: argument and None
 
     wire.queue.put(make())
     wait(gone)

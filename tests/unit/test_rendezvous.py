@@ -101,7 +101,7 @@ def test_one_that_refuses_after_the_first_stage_ends_the_second(connect: Connect
 def test_the_first_refusal_is_what_everyone_learns(connect: Connect) -> None:
     for rank in (2, 1):
         Rendezvous(connect(), f"worker{rank}", rank, 3, 0).refuse(ValueError(f"reason {rank}"))
-    with pytest.raises(RendezvousError, match="'worker2' .* reason 2"):
+    with pytest.raises(RendezvousError, match=r"'worker2' .* reason 2"):
         meet(connect(), 0, 3, timeout=0)
 
 

@@ -9,7 +9,9 @@ what still waits, and closes the transport; it may be called at any time, from a
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +40,9 @@ OnWorkerLost = Callable[[WorkerId, RpcError], None]
 
 _GROUP_ENDED = "the group has ended"
 """The reason of a goodbye after the last barrier. What such a worker holds is not reclaimed: it must have let it go before."""
+
+_EXIT_WAIT = 1.0
+"""Seconds that the interpreter's exit waits for functions that still run, if nobody called `shutdown`."""
 
 _LONGEST_WAIT = 1.0
 """Seconds after which receiving looks up in any case. A call whose deadline is later than that needs no wake-up of its own."""
@@ -90,6 +95,8 @@ class ZmqRpcAgent:
         self._exchange.start(self._executor)
         self._executor.start()
         self._interrupts = InterruptWatch(self._exchange.interrupt)
+        self._pid = os.getpid()
+        atexit.register(self._at_exit)
 
     # What the layers above ask (`Requester`).
 
@@ -223,6 +230,7 @@ class ZmqRpcAgent:
             if self._is_shut_down:
                 return
             self._is_shut_down = True
+        atexit.unregister(self._at_exit)
         reason = ShutdownError(f"worker {self._me.name} shut down")
         self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
@@ -235,6 +243,16 @@ class ZmqRpcAgent:
         self._exchange.close(reason)
         self._executor.join()
         self._transport.close()
+
+    def _at_exit(self) -> None:
+        """The interpreter ends, and nobody called `shutdown`. A thread that came back from C++ after that would abort the process,
+        so the threads end first. The others notice that this worker is gone."""
+        # A forked child has a copy of this agent, and none of its threads.
+        if self._pid == os.getpid():
+            assert self._interrupts is not None
+            self._interrupts.close()
+            self._executor.stop()
+            self._executor.join(_EXIT_WAIT)
 
     # Receiving, on the thread of the executor that has the turn.
 

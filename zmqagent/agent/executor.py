@@ -100,18 +100,19 @@ class Executor:
             self._backlog.clear()
         return left
 
-    def join(self) -> None:
-        """Waits, after `stop`, until every thread has ended its task.
+    def join(self, timeout: float = float("inf")) -> None:
+        """Waits, after `stop`, until every thread has ended its task, or ``timeout`` seconds have passed.
 
         A thread of the executor that calls this ends after the task that called. User code that blocks for ever would block this
         too; the threads are daemons, so they never hold up the interpreter's exit. Idempotent.
         """
         with self._lock:
             threads = list(self._threads)
+        deadline = time.monotonic() + timeout
         current = threading.current_thread()
         for thread in threads:
             if thread is not current:
-                thread.join()
+                thread.join(max(0.0, deadline - time.monotonic()) if timeout != float("inf") else None)
 
     def close(self) -> list[Task]:
         """`stop`, then `join`. What the threads run must not wait for tasks that had not begun."""
