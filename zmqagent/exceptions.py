@@ -30,7 +30,7 @@
 
 Every class is a ``RuntimeError``, which is what torch's own agent raises; where torch's Python layer raises something more
 precise, the class is that too. ``code`` names the class on the wire, so that an error raised by a peer's agent arrives as the
-same class. A user function's own exception arrives as its own type whenever that can be rebuilt (see ``rpc/exceptions``).
+same class. A user function's own exception arrives as its own type whenever that can be rebuilt (see ``rpc/failures.py``).
 """
 
 from __future__ import annotations

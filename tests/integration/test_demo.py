@@ -1,4 +1,4 @@
-"""``zmqagent demo``, as a user starts it: it learns, computes the same on either backend, and ends cleanly when it cannot go on."""
+"""``zmqagent demo``, as a user starts it: it learns, computes the same on either backend, and ends cleanly if it cannot."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ class Rendezvous:
     def _missing(self, stage: str) -> str:
         ranks = [rank for rank in range(self._world_size) if not self._store.check([self._key(stage, rank)])]
         return (
-            f"worker {self._name!r} (rank {self._rank}) waited {self._timeout:g} s in init_rpc, and of {self._world_size} workers "
-            f"those with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same "
+            f"worker {self._name!r} (rank {self._rank}) waited {self._timeout:g} s in init_rpc, and of {self._world_size} "
+            f"workers those with rank {', '.join(map(str, ranks))} did not come. Check that they were started, with the same "
             "init_method and world_size, or give them more time with rpc_timeout."
         )
 
