@@ -69,6 +69,8 @@ def demo(options: argparse.Namespace) -> int:
         return _fail(obstacle, _UNUSABLE)
     job = Job(options.epochs, options.batch_size, options.learning_rate, options.seed)
     console.print(f"A parameter server and {job.trainers} trainers learn to read digits; {options.backend} carries the calls.")
+    # The processes that it ends are not worth a line each: what ended the job is printed below.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     began = time.monotonic()
     try:
         epochs = _train(job, options.backend, console)
@@ -134,7 +136,7 @@ def _work(rank: int, job: Job, backend_name: str, init_method: str, reports: Any
     # Ends the process at once, wherever it waits; it comes by ^C, and also when the parent dies (torch's spawn arranges that).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    # What torch says of its own code, when TENSORPIPE starts and of optimizers without TorchScript: a user can do nothing about it.
+    # What torch says of its own code, as TENSORPIPE starts and of optimizers without TorchScript: nothing a user could act on.
     warnings.filterwarnings("ignore", message="You are using a Backend")
     logging.getLogger("torch.distributed.optim").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -196,7 +198,7 @@ def _obstacle(path: Path) -> str:
 
 def _explain(error: ProcessException) -> str:
     name = "server" if error.error_index == 0 else training.trainer_name(error.error_index - 1)
-    return f"the {name if name == 'server' else f'process of {name}'} failed; the others have been ended: {error.msg.strip()}"
+    return f"{name} failed; the others have been ended: {error.msg.strip()}"
 
 
 def _fail(message: str, code: int) -> int:
