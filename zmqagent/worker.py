@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ from zmqagent.wire.types import WorkerId
 
 __all__ = ["Worker"]
 
+_logger = logging.getLogger(__name__)
+
 _INCARNATION_BITS = 63
 
 
@@ -55,6 +58,8 @@ class Worker:
             RendezvousError: somebody did not come in time, or could not join.
             InvalidOptionError, InvalidTypeError: a name, a rank or an option that is illegal, or that two workers share.
         """
+        if options.device_maps:
+            _logger.warning("device_maps are not followed yet: move tensors to the CPU to send them")
         rendezvous = Rendezvous(store, name, rank, world_size, options.rpc_timeout)
         try:
             check_name(name)

@@ -53,7 +53,8 @@ class Requester(Protocol):
 
         ``on_reply`` runs exactly once, later, on a thread of the agent that holds no lock and does not receive: it may block,
         send and run user code. It never runs inside this call. ``retry`` is for idempotent messages: they are sent again (5
-        tries, 1 s x 1.5^n apart) until an answer comes. ``device_map`` overrides the options' map for this message's tensors.
+        tries, 1 s x 1.5^n apart) until an answer comes. ``device_map`` says where tensors of an accelerator are
+        to land; it is not followed yet, so only tensors on the CPU can be sent.
 
         Raises:
             RpcError: a fault found before anything was accepted (unknown worker, device without a map, shutdown); then
