@@ -245,8 +245,8 @@ class ZmqRpcAgent:
         self._transport.close()
 
     def _at_exit(self) -> None:
-        """The interpreter ends, and nobody called `shutdown`. A thread that came back from C++ after that would abort the process,
-        so the threads end first. The others notice that this worker is gone."""
+        """The interpreter ends, and nobody called `shutdown`. A thread that came back from C++ after that would abort the
+        process, so the threads end first. The others notice that this worker is gone."""
         # A forked child has a copy of this agent, and none of its threads.
         if self._pid == os.getpid():
             assert self._interrupts is not None

@@ -1,0 +1,303 @@
+"""`zmqagent.agent.exchange`: what it does about each message that comes, without sockets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from zmqagent.agent.base import Reply, Respond
+from zmqagent.agent.codec import Codec
+from zmqagent.agent.exchange import Exchange, is_request
+from zmqagent.agent.executor import Executor, Task
+from zmqagent.exceptions import ProtocolError, RpcTimeoutError, ShutdownError, UnknownWorkerError, WorkerLostError
+from zmqagent.transport.base import Event, Frames, PeerRecord, Transport
+from zmqagent.wire.commands import Ack, Barrier, Failure, Goodbye, Pickled, PythonCall, Return, RRefUserDelete
+from zmqagent.wire.types import ForkId, Message, RRefId, WorkerId
+
+ALICE = PeerRecord("alice", WorkerId(0), 10, "host", 1, ())
+BOB = PeerRecord("bob", WorkerId(1), 20, "host", 2, ())
+CALL = PythonCall(Pickled(b"call"), False).to_message()
+DELETE = RRefUserDelete(RRefId(WorkerId(1), 1), ForkId(WorkerId(0), 2)).to_message()
+DEADLINE_S = 30.0
+
+
+class Recorder(Transport):
+    """Keeps what is sent, or fails to send it."""
+
+    addresses = ()
+
+    def __init__(self) -> None:
+        self.sent: list[list[memoryview]] = []
+        self.wakes = 0
+        self.on_send: Any = None
+
+    def connect(self, peer: PeerRecord) -> None:
+        """Everybody is connected."""
+
+    def disconnect(self, worker_id: WorkerId) -> None:
+        """Nobody is."""
+
+    def send(self, to: WorkerId, frames: Frames) -> None:
+        if self.on_send is not None:
+            self.on_send()
+        self.sent.append([memoryview(frame) for frame in frames])
+
+    def receive(self, timeout: float | None) -> Event | None:
+        return None
+
+    def wake(self) -> None:
+        self.wakes += 1
+
+    def close(self, linger: float = 1.0) -> None:
+        """There is nothing to close."""
+
+
+class Side:
+    """Alice's exchange; tasks go to ``executor``, which runs nothing until told."""
+
+    def __init__(self) -> None:
+        self.transport = Recorder()
+        self.served: list[tuple[WorkerId, Message]] = []
+        self.responds: list[Respond] = []
+        self.exchange = Exchange(ALICE, self.transport, self.serve)
+        self.executor = Executor(lambda timeout: None, lambda: None, 1, "alice")
+        self.exchange.start(self.executor)
+        self.replies: SimpleQueue[Reply] = SimpleQueue()
+
+    def serve(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        self.served.append((source, message))
+        self.responds.append(respond)
+
+    def ask(self, message: Message = CALL, *, to: PeerRecord = BOB, timeout: float = 60.0, retry: bool = False) -> None:
+        self.exchange.request(to, message, self.replies.put, timeout=timeout, retry=retry)
+
+    def take_in(self, message: Message, number: int, to: int = 10, *, incarnation: int = 20) -> Task | None:
+        """A message of Bob's arrives."""
+        return self.exchange.take_in(frames(message, number, to, incarnation))
+
+    def run(self) -> None:
+        """Runs what was given to the executor, which stops."""
+        for task in self.executor.stop():
+            task()
+
+
+def frames(message: Message, number: int, to: int = 10, incarnation: int = 20) -> list[memoryview]:
+    return [memoryview(frame) for frame in Codec(BOB.worker_id, incarnation).encode(message, number, to)]
+
+
+@pytest.fixture
+def side() -> Iterator[Side]:
+    side = Side()
+    yield side
+    side.executor.close()
+
+
+def test_the_answer_completes_its_call_and_a_second_one_is_counted(side: Side) -> None:
+    side.ask()
+    assert side.exchange.active() == (1, 0)
+    task = side.take_in(Return(Pickled(b"1")).to_message(), 0)
+    assert task is not None
+    assert not is_request(task)
+    task()
+    assert isinstance(side.replies.get_nowait(), Return)
+    assert side.exchange.active() == (0, 0)
+    assert side.take_in(Return(Pickled(b"2")).to_message(), 0) is None
+    assert side.exchange.late_and_duplicate() == {"agent.late_replies": 1, "agent.duplicate_requests": 0}
+
+
+def test_a_request_is_served_once_however_often_it_comes(side: Side) -> None:
+    first, second = side.take_in(CALL, 5), side.take_in(CALL, 5)
+    assert first is not None
+    assert is_request(first)
+    assert second is None
+    assert side.exchange.late_and_duplicate()["agent.duplicate_requests"] == 1
+
+
+def test_an_idempotent_request_is_served_again(side: Side) -> None:
+    assert side.take_in(DELETE, 5) is not None
+    assert side.take_in(DELETE, 5) is not None
+
+
+def test_what_was_forgotten_of_a_worker_is_new_again(side: Side) -> None:
+    assert side.take_in(CALL, 5) is not None
+    side.exchange.forget(BOB.worker_id, 20)
+    assert side.take_in(CALL, 5) is not None
+
+
+def test_a_message_that_cannot_be_read_is_dropped_and_logged(side: Side, caplog: pytest.LogCaptureFixture) -> None:
+    assert side.exchange.take_in([memoryview(b"noise")]) is None
+    assert "worker alice dropped a message that it cannot read" in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_messages_for_or_from_another_life_are_dropped(side: Side) -> None:
+    assert side.take_in(CALL, 0, to=11) is None
+    assert side.exchange.take_in(frames(CALL, 0), lambda worker, incarnation: False) is None
+    accepted: list[tuple[int, int]] = []
+    assert side.exchange.take_in(frames(CALL, 0), lambda *who: accepted.append(who) or True) is not None
+    assert accepted == [(1, 20)]
+    assert side.take_in(CALL, 1, to=0) is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "cls"),
+    [
+        (Failure(21, "WorkerLostError", "gone").to_message(), WorkerLostError),
+        (Message(Ack().to_message().type, ("a field too many",)), ProtocolError),
+    ],
+    ids=["failure", "unreadable"],
+)
+def test_an_answer_that_is_none_fails_the_call(side: Side, answer: Message, cls: type) -> None:
+    side.ask()
+    task = side.take_in(answer, 0)
+    assert task is not None
+    task()
+    assert type(side.replies.get_nowait()) is cls
+
+
+def test_a_call_that_cannot_be_sent_raises_and_its_callback_never_runs(side: Side) -> None:
+    def refuse() -> None:
+        raise UnknownWorkerError("who is that?")
+
+    side.transport.on_send = refuse
+    with pytest.raises(UnknownWorkerError):
+        side.ask()
+    assert side.exchange.active() == (0, 0)
+    side.exchange.close(ShutdownError("the end"))
+    assert side.replies.empty()
+
+
+def test_a_call_whose_worker_is_lost_while_it_is_sent_fails_once(side: Side) -> None:
+    def lose() -> None:
+        side.exchange.worker_lost(BOB.worker_id, WorkerLostError("gone"))
+        raise WorkerLostError("cannot be sent to")
+
+    side.transport.on_send = lose
+    side.ask()
+    side.run()
+    assert isinstance(side.replies.get_nowait(), WorkerLostError)
+    assert side.replies.empty()
+    assert side.exchange.active() == (0, 0)
+
+
+def test_an_interrupt_while_a_call_is_sent_is_raised_though_the_call_has_failed(side: Side) -> None:
+    def interrupt() -> None:
+        side.exchange.interrupt()
+        raise KeyboardInterrupt
+
+    side.transport.on_send = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        side.ask()
+
+
+def test_only_the_calls_to_the_lost_worker_fail(side: Side) -> None:
+    side.ask()
+    side.exchange.worker_lost(WorkerId(7), WorkerLostError("somebody else"))
+    assert side.exchange.active() == (1, 0)
+
+
+def test_closing_fails_the_calls_under_way_and_every_later_one(side: Side) -> None:
+    side.ask()
+    side.ask()
+    side.exchange.close(ShutdownError("the end"))
+    assert [type(side.replies.get_nowait()) for _ in range(2)] == [ShutdownError] * 2
+    with pytest.raises(ShutdownError, match="the end"):
+        side.ask()
+    assert len(side.transport.sent) == 2
+
+
+def test_a_call_whose_deadline_has_passed_fails_at_the_next_tick(side: Side) -> None:
+    side.ask(timeout=1e-9)
+    assert side.exchange.time_to_look_up(1.0) == 0.0
+    for task in side.exchange.tick():
+        task()
+    assert isinstance(side.replies.get_nowait(), RpcTimeoutError)
+    assert side.exchange.tick() == []
+
+
+def test_an_idempotent_call_is_sent_again_as_it_was(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("zmqagent.agent.exchange.time.monotonic", lambda: now)
+    side.ask(DELETE, retry=True)
+    now += 1.0
+    assert side.exchange.tick() == []
+    assert side.transport.sent[1] == side.transport.sent[0]
+
+    def refuse() -> None:
+        raise WorkerLostError("not just now")
+
+    side.transport.on_send = refuse
+    now += 1.5
+    assert side.exchange.tick() == []
+    assert side.exchange.active() == (1, 0)
+
+
+def test_whoever_receives_is_woken_only_for_a_deadline_that_comes_before_it_looks_up(side: Side) -> None:
+    side.exchange.time_to_look_up(1.0)
+    side.ask(timeout=60.0)
+    assert side.transport.wakes == 0
+    side.ask(timeout=1e-3)
+    assert side.transport.wakes == 1
+
+
+def test_a_call_to_oneself_needs_no_transport_and_is_served_by_the_executor(side: Side) -> None:
+    side.ask(to=ALICE)
+    assert side.transport.sent == []
+    assert side.served == []
+    (task,) = side.executor.stop()
+    assert is_request(task)
+    task()
+    ((source, message),) = side.served
+    assert (source, bytes(message.payload)) == (ALICE.worker_id, b"call")
+    side.responds[0](Ack().to_message())
+    assert side.replies.get_nowait() == Ack()
+
+
+def test_once_the_executor_has_stopped_completions_still_run_and_requests_do_not(side: Side) -> None:
+    side.executor.stop()
+    side.ask(to=ALICE)
+    assert side.served == []
+    side.exchange.worker_lost(ALICE.worker_id, WorkerLostError("gone"))
+    assert isinstance(side.replies.get_nowait(), WorkerLostError)
+
+
+def test_requests_that_wait_for_something_are_counted(side: Side) -> None:
+    task = side.take_in(CALL, 0)
+    assert task is not None
+    task()
+    assert (side.exchange.active(), side.exchange.active_async()) == ((0, 1), 1)
+    side.responds[0](Ack().to_message())
+    assert (side.exchange.active(), side.exchange.active_async()) == ((0, 0), 0)
+
+
+def test_who_waits_at_a_barrier_or_says_goodbye_is_idle(side: Side) -> None:
+    side.ask(Barrier("tag", 0).to_message())
+    assert side.exchange.active() == (0, 0)
+    task = side.take_in(Goodbye("done").to_message(), 0)
+    assert task is not None
+    task()
+    assert side.exchange.active() == (0, 0)
+    assert side.exchange.wait_until_idle(float("inf"))
+
+
+def test_an_answer_to_a_caller_that_is_gone_is_let_go(side: Side) -> None:
+    task = side.take_in(CALL, 0)
+    assert task is not None
+    task()
+
+    def refuse() -> None:
+        raise WorkerLostError("gone")
+
+    side.transport.on_send = refuse
+    side.responds[0](Ack().to_message())
+    assert side.exchange.active() == (0, 0)
+
+
+def test_a_notice_has_a_number_of_its_own_and_no_answer(side: Side) -> None:
+    side.exchange.notify(BOB, Goodbye("done").to_message())
+    assert len(side.transport.sent) == 1
+    assert side.exchange.active() == (0, 0)
