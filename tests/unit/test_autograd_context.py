@@ -99,6 +99,18 @@ def test_sparse_tensors_pass_and_their_gradients_are_sparse(context: DistAutogra
     assert sent[0].to_dense().tolist() == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+def test_sparse_leaves_and_results_can_be_sent(context: DistAutogradContext) -> None:
+    leaf = torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,)).requires_grad_()
+    compressed = torch.eye(3).to_sparse_csr().requires_grad_()
+    result = leaf * 2
+    context.attach_outgoing(PEER, [leaf, result, compressed])
+    (send,) = context._send_functions().values()
+    (first, _), (second, _), (third, _) = send.next_functions
+    assert (first.variable is leaf, second is result.grad_fn, third.variable is compressed) == (True, True, True)
+
+
 def test_a_received_tensor_can_be_sent_on_untouched(context: DistAutogradContext) -> None:
     (tensor,) = received(context, torch.ones(2, requires_grad=True))
     context.attach_outgoing(WorkerId(3), [tensor])
