@@ -38,6 +38,7 @@ def plot(epochs: Sequence[EpochDone], target: float, title: str, path: Path) -> 
     _draw_accuracy(accuracy, epochs, target)
     for axes in (losses, accuracy):
         axes.set_xlabel("epoch")
+        axes.set_xlim(0, len(epochs) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
         axes.grid(color="#e3e6ea", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -62,7 +63,6 @@ def _draw_losses(axes: Axes, epochs: Sequence[EpochDone]) -> None:
         markersize=4,
         label="mean of the epoch",
     )
-    axes.set_xlim(0, len(epochs))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylabel("cross-entropy loss")
@@ -71,7 +71,6 @@ def _draw_losses(axes: Axes, epochs: Sequence[EpochDone]) -> None:
 
 
 def _draw_accuracy(axes: Axes, epochs: Sequence[EpochDone], target: float) -> None:
-    last = epochs[-1]
     numbers, percents = [done.epoch for done in epochs], [100 * done.accuracy for done in epochs]
     axes.plot(numbers, percents, color=_MEAN_COLOUR, linewidth=2, marker="o", markersize=4)
     axes.axhline(100 * target, color=_TARGET_COLOUR, linewidth=1.2, linestyle="--")
@@ -79,11 +78,7 @@ def _draw_accuracy(axes: Axes, epochs: Sequence[EpochDone], target: float) -> No
         f"asked: {target:.1%}", (1, 100 * target), xycoords=("axes fraction", "data"), xytext=(0, -4), textcoords="offset points",
         ha="right", va="top", color=_TARGET_COLOUR, fontsize=9,
     )  # fmt: skip
-    axes.annotate(
-        f"{last.accuracy:.1%}", (last.epoch, percents[-1]), xytext=(4, 8), textcoords="offset points",
-        ha="right", va="bottom", fontsize=10, fontweight="bold", color=_MEAN_COLOUR,
-    )  # fmt: skip
     axes.set_ylim(max(0.0, min(100 * target, *percents) - 4), 101)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-    axes.set_title("Held-out digits read right", loc="left", fontsize=11)
+    axes.set_title(f"Held-out digits read right: {epochs[-1].accuracy:.1%}", loc="left", fontsize=11)
