@@ -49,8 +49,8 @@ class Node:
         respond(Return(Pickled(message.payload, message.buffers, message.tensors)).to_message())
 
     def start(self, *others: Node) -> None:
+        self.agent.enter([other.record for other in others])
         self.agent.start(
-            [other.record for other in others],
             lambda source, message, respond: self.serve(source, message, respond),
             lambda worker_id, error: self.lost.put((worker_id, error)),
         )
@@ -168,8 +168,9 @@ def test_a_call_without_an_answer_ends_with_its_deadline_and_the_late_answer_is_
     bob.serve = lambda source, message, respond: responds.put(respond)
     error = reply(alice.ask(BOB, timeout=1e-3))
     assert isinstance(error, RpcTimeoutError)
+    respond = responds.get(timeout=DEADLINE_S)
     bob.serve = bob.echo
-    responds.get(timeout=DEADLINE_S)(Ack().to_message())
+    respond(Ack().to_message())
     while alice.agent.get_metrics()["agent.late_replies"] == "0":
         assert isinstance(reply(alice.ask(BOB)), Return)
 
