@@ -202,18 +202,20 @@ def test_threads_that_run_tasks_are_not_idle(wire: Wire, start: Start) -> None:
 
 def test_stop_returns_what_had_not_begun_and_nothing_begins_after_it(wire: Wire, start: Start) -> None:
     """The task comes in at the last moment: while stop waits for the thread that receives."""
-    stopping = threading.Event()
+    receiving, stopping = threading.Event(), threading.Event()
     ran: list[str] = []
 
     def late() -> None:
         ran.append("late")
 
     def receive(timeout: float | None) -> Task | None:
+        receiving.set()
         wait(stopping)
         return late
 
     executor = Executor(receive, stopping.set, 1, "worker")
     executor.start()
+    wait(receiving)
     assert executor.stop() == [late]
     assert executor.stop() == []
     executor.join()
@@ -223,13 +225,14 @@ def test_stop_returns_what_had_not_begun_and_nothing_begins_after_it(wire: Wire,
 
 
 def test_what_the_receiving_thread_submits_while_the_executor_stops_is_not_lost() -> None:
-    stopping = threading.Event()
+    receiving, stopping = threading.Event(), threading.Event()
     refused: list[ShutdownError] = []
 
     def completion() -> None:
         raise AssertionError("it is for whoever stopped the executor")
 
     def receive(timeout: float | None) -> Task | None:
+        receiving.set()
         wait(stopping)
         try:
             executor.submit(completion)
@@ -239,6 +242,7 @@ def test_what_the_receiving_thread_submits_while_the_executor_stops_is_not_lost(
 
     executor = Executor(receive, stopping.set, 1, "worker")
     executor.start()
+    wait(receiving)
     left = executor.close()
     assert refused == []
     assert set(left) == {completion}
