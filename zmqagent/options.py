@@ -38,8 +38,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         num_worker_threads: how many threads run what other workers ask for. More are added for as long as all of them wait.
         rpc_timeout: seconds until a call that has no timeout of its own fails; 0 for no limit.
         init_method: where the workers meet: ``env://``, ``tcp://host:port?rank=..&world_size=..`` or ``file:///path``.
-        device_maps: by callee's name, which of its devices a tensor on one of this worker's devices is to go to. Checked and kept,
-            but not followed yet: tensors on an accelerator must be moved to the CPU to be sent.
+        device_maps: by callee's name, which of its devices a tensor on one of this worker's devices is to go to. Checked and
+            kept, but not followed yet: tensors on an accelerator must be moved to the CPU to be sent.
         devices: this worker's accelerators; by default those that the maps in both directions name. Not used yet either.
         transport: how workers reach each other: ``"ipc"`` (on one host), ``"tcp"``, or ``"auto"``: ipc if all share a host.
         bind_address: the address or name of an interface to listen on; by default the one that reaches the meeting point.

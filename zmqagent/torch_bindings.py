@@ -17,8 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.rpc import api
 
-__all__ = ["FUNCTIONS", "METHODS", "SWAPS", "activate", "deactivate", "install", "is_active", "original", "uninstall"]
+__all__ = [
+    "FUNCTIONS",
+    "METHODS",
+    "SWAPS",
+    "activate",
+    "deactivate",
+    "install",
+    "is_active",
+    "original",
+    "release_gatherings",
+    "uninstall",
+]
 
 _RPC = "torch._C._distributed_rpc"
 _AUTOGRAD = "torch._C._distributed_autograd"
@@ -78,6 +90,7 @@ FUNCTIONS: tuple[Seam, ...] = (
     Seam(_AUTOGRAD, "_retrieve_context"),
     Seam(_AUTOGRAD, "backward"),
     Seam(_AUTOGRAD, "get_gradients"),
+    Seam(_API, "_wait_all_workers"),
     Seam(_REGISTRY, "init_backend"),
     Seam(_REGISTRY, "register_backend"),
     Seam(_FUTURES, "collect_all"),
@@ -172,6 +185,21 @@ def deactivate() -> None:
         for seam, value in _swapped.items():
             setattr(seam.holder(), seam.name, value)
         _swapped.clear()
+        api._all_gather_sequence_id_to_states.default_factory = api.AllGatherStates
+
+
+def release_gatherings() -> None:
+    """Lets go whoever waits in torch's ``_all_gather``, now or later: after a loss nobody can complete one."""
+
+    def released() -> api.AllGatherStates:
+        states = api.AllGatherStates()
+        states.proceed_signal.set()
+        return states
+
+    with api._all_gather_dict_lock:
+        api._all_gather_sequence_id_to_states.default_factory = released
+        for states in api._all_gather_sequence_id_to_states.values():
+            states.proceed_signal.set()
 
 
 def is_active() -> bool:

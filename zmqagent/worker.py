@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch.distributed as dist
+from torch.distributed.rpc import api
 
 from zmqagent import torch_bindings
 from zmqagent.agent.agent import ZmqRpcAgent
@@ -75,16 +76,28 @@ class Worker:
             records = rendezvous.records(me)
             check_group(records, world_size)
             worker = cls(ZmqRpcAgent(me, transport, options))
-            # Before the first request is served: what it runs may make calls of its own.
-            torch_bindings.activate(worker.replacements())
-            worker.agent.start(records, worker._callback, worker._on_worker_lost)
         except BaseException:
-            torch_bindings.deactivate()
             transport.close(linger=0)
+            raise
+        try:
+            worker.agent.enter(records)
+            # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
+            torch_bindings.activate(worker.replacements())
+            api._init_rpc_states(worker.agent)
+            worker.agent.start(worker._callback, worker._on_worker_lost, worker._keep_house)
+        except BaseException:
+            worker._rrefs.close()
+            worker.agent.shutdown()
+            worker._end()
             raise
         return worker
 
+    def _keep_house(self) -> None:
+        self._contexts.collect()
+        self._engine.report_overdue()
+
     def _on_worker_lost(self, worker_id: WorkerId, error: RpcError) -> None:
+        torch_bindings.release_gatherings()
         self._engine.on_worker_lost(worker_id, error)
         self._contexts.release_opened_by(worker_id, error)
         self._rrefs.on_worker_lost(worker_id, error)
@@ -100,6 +113,7 @@ class Worker:
             "_is_current_rpc_agent_set": lambda: True,
             "_reset_current_rpc_agent": self._end,
             "_cleanup_python_rpc_handler": lambda: None,
+            "_wait_all_workers": self._wait_all_workers,
             "get_rpc_timeout": agent.get_rpc_timeout,
             "_set_rpc_timeout": agent.set_rpc_timeout,
             "enable_gil_profiling": agent.enable_gil_profiling,
@@ -160,6 +174,12 @@ class Worker:
                 f"Container is already initialized with worker_id: {self.agent.worker_id}, cannot initialize with different "
                 f"worker_id: {worker_id}"
             )
+
+    def _wait_all_workers(self, timeout: float = 0) -> None:
+        """torch's first step of a graceful shutdown, which would wait for ever for a worker that has died."""
+        self.agent.check_complete()
+        torch_bindings.original("_wait_all_workers")(timeout)
+        self.agent.check_complete()
 
     def _end(self) -> None:
         """The last step of torch's ``shutdown``: the agent has ended."""

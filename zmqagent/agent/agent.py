@@ -10,6 +10,7 @@ what still waits, and closes the transport; it may be called at any time, from a
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.group import Group
 from zmqagent.agent.interrupts import InterruptWatch
-from zmqagent.agent.membership_events import SayGoodbye, SendBarrier, WorkerGone
+from zmqagent.agent.membership_events import MemberState, SayGoodbye, SendBarrier, WorkerGone
 from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord, Received, Transport
@@ -43,6 +44,9 @@ _GROUP_ENDED = "the group has ended"
 
 _EXIT_WAIT = 1.0
 """Seconds that the interpreter's exit waits for functions that still run, if nobody called `shutdown`."""
+
+_JOIN_PAUSE = 0.01
+"""Seconds between two rounds of `join`: somebody still serves a call, and asking without a pause would slow that down."""
 
 _LONGEST_WAIT = 1.0
 """Seconds after which receiving looks up in any case. A call whose deadline is later than that needs no wake-up of its own."""
@@ -75,6 +79,8 @@ class ZmqRpcAgent:
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
+        self._keep_house: Task = lambda: None
+        self._house_kept_at = time.monotonic()
         self._joins = 0
         self._has_ended = False
         # Lets one thread through to shut down.
@@ -84,14 +90,18 @@ class ZmqRpcAgent:
     def __repr__(self) -> str:
         return f"<ZmqRpcAgent {self._me.name!r} ({self._me.worker_id}), {self._transport!r}>"
 
-    def start(self, records: Iterable[PeerRecord], callback: RequestCallback, on_worker_lost: OnWorkerLost) -> None:
-        """Takes in the group and begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a
-        thread of the agent, of each peer that has gone, once its calls have failed."""
-        self._callback = callback
-        self._on_worker_lost = on_worker_lost
+    def enter(self, records: Iterable[PeerRecord]) -> None:
+        """Takes in the group, this worker first."""
         self._group.join(self._me)
         for record in records:
             self._group.join(record)
+
+    def start(self, callback: RequestCallback, on_worker_lost: OnWorkerLost, keep_house: Task = lambda: None) -> None:
+        """Begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a thread of the agent, of each
+        peer that has gone, once its calls have failed; ``keep_house`` is called there about once a second."""
+        self._callback = callback
+        self._on_worker_lost = on_worker_lost
+        self._keep_house = keep_house
         self._exchange.start(self._executor)
         self._executor.start()
         self._interrupts = InterruptWatch(self._exchange.interrupt)
@@ -120,6 +130,9 @@ class ZmqRpcAgent:
         device_map: Mapping[Any, Any] | None = None,
     ) -> None:
         """See `Requester.request`."""
+        if os.getpid() != self._me.pid:
+            # Before any lock: a forked child has copies of them, which may be held for ever.
+            raise ShutdownError(f"this process was forked from worker {self._me.name} and is none itself; call init_rpc here")
         if self._is_shut_down:
             raise ShutdownError(f"worker {self._me.name} has shut down and sends nothing more")
         peer = self._group.destination(to)
@@ -197,6 +210,12 @@ class ZmqRpcAgent:
         self._joins += 1
         self._barrier(f"sync/{self._joins}", 0, float("inf"))
 
+    def check_complete(self) -> None:
+        """Raises the `WorkerLostError` of a member that is lost, if there is one."""
+        for member in self._group.members():
+            if member.state is MemberState.LOST:
+                self._group.destination(member.record.worker_id)
+
     def join(self, shutdown: bool = False, timeout: float = 0) -> None:
         """Waits until no worker of the group has a call under way.
 
@@ -210,8 +229,8 @@ class ZmqRpcAgent:
         """
         deadline = time.monotonic() + timeout if timeout else float("inf")
         self._joins += 1
-        for turn in range(1 << 30):
-            if not self._exchange.wait_until_idle(deadline):
+        for turn in itertools.count():
+            if not self._exchange.wait_until_idle(deadline) or (turn and time.monotonic() > deadline):
                 client, server = self._exchange.active()
                 raise RpcTimeoutError(
                     f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} "
@@ -220,6 +239,7 @@ class ZmqRpcAgent:
             # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
             if self._barrier(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
                 break
+            time.sleep(_JOIN_PAUSE)
         if shutdown:
             self._group.end()
             self._has_ended = True
@@ -259,8 +279,11 @@ class ZmqRpcAgent:
     def _receive(self, timeout: float | None) -> Task | None:
         wait = self._exchange.time_to_look_up(_LONGEST_WAIT if timeout is None else min(timeout, _LONGEST_WAIT))
         event = self._transport.receive(wait)
-        for task in self._exchange.tick():
-            self._executor.submit(task)
+        # Not straight to the executor: once that has stopped, a call's end is still owed to whoever made it.
+        self._exchange.submit(self._exchange.tick())
+        if time.monotonic() - self._house_kept_at >= _LONGEST_WAIT:
+            self._house_kept_at = time.monotonic()
+            self._exchange.submit([self._keep_house])
         if event is None:
             return None
         if isinstance(event, Received):

@@ -132,6 +132,8 @@ class Calls:
                 call_id, InterruptedCallError(f"^C ended the wait for the answer to a {call.what} to worker {call.worker}")
             )
             for call_id, call in list(self._calls.items())
+            # Nobody waits for an idempotent message, and the state of RRefs and contexts hangs on it.
+            if not call.tries
         ]
 
     def closed(self, reason: RpcError) -> list[Instruction]:

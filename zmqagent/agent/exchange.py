@@ -266,8 +266,11 @@ class Exchange:
         """The reply in an envelope; an unreadable one is the call's failure."""
         try:
             command = parse(self._codec.message(envelope))
-        except ProtocolError as error:
+        except RpcError as error:
             return error
+        except Exception as error:
+            # Out of memory, for example: the call has failed, and its caller must know.
+            return ProtocolError(f"the answer could not be read: {error!r}")
         if isinstance(command, Failure) and command.code:
             return error_class(command.code)(command.text)
         return command

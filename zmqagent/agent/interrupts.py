@@ -72,6 +72,8 @@ class InterruptWatch:
             if signal.SIGINT in numbers:
                 if not self._reacted.wait(_GRACE) and not self._is_closed:
                     self._on_interrupt()
+                    # Now the main thread comes to its handler; what that notes must not count for the next ^C.
+                    self._reacted.wait(_GRACE)
                 self._reacted.clear()
             if _END in numbers:
                 return

@@ -33,10 +33,17 @@ def describe_exception(error: BaseException, worker: str) -> Failure:
     Logs the text as an error, so that it can be read on the worker where it happened, as with torch.
     """
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    text = f"On {worker}:\n{_unescaped(repr(error))}\n{trace}"
+    text = f"On {worker}:\n{_unescaped(_shown(error))}\n{trace}"
     _logger.error("%s", text)
     kind = type(error)
     return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
+
+
+def _shown(error: BaseException) -> str:
+    try:
+        return repr(error)
+    except Exception as why:
+        return f"<a {type(error).__qualname__} whose repr fails with {type(why).__name__}>"
 
 
 def _unescaped(text: str) -> str:

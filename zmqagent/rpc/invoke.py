@@ -17,7 +17,7 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, ScriptError, WorkerLostError
+from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, ScriptError, WorkerLostError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
@@ -198,8 +198,8 @@ class Invoker:
 
         try:
             self._send(WorkerId(dst.id), call, message(rref_id, fork_id), on_reply, timeout, attach_always)
-        except RpcError as error:
-            failed(error)
+        except BaseException as error:
+            failed(error if isinstance(error, RpcError) else RRefCreationError(f"the remote call was not sent: {error!r}"))
             raise
         return rref  # type: ignore[return-value]
 

@@ -12,6 +12,7 @@ from functools import partial
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
+from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.wire.commands import ForwardAutograd, parse
 from zmqagent.wire.types import Message, WorkerId
 
@@ -40,7 +41,11 @@ class Messenger:
     def _resume(self, context: DistAutogradContext, source: WorkerId, on_reply: OnReply, reply: Reply) -> None:
         with self._contexts.activate(context):
             if isinstance(reply, ForwardAutograd):
-                reply = parse(self.unwrap(context, source, reply))
+                try:
+                    reply = parse(self.unwrap(context, source, reply))
+                except Exception as error:
+                    # Whoever waits must be told, whatever is wrong with the answer or has become of the context.
+                    reply = error if isinstance(error, RpcError) else ProtocolError(f"the answer cannot be taken in: {error!r}")
             on_reply(reply)
 
     def unwrap(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:

@@ -69,7 +69,8 @@ def loads(body: Pickled) -> Any:
                 f"{error}. Default RPC pickler does not serialize function code. Ensure that UDFs are defined on both caller and "
                 "callee modules."
             ) from error
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit too: it must not end a thread of this worker, and whoever waits for the object must be told.
             raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
 
 

@@ -194,6 +194,10 @@ class RpcRequestCallback:
         except RpcError as refused:
             request.respond(failures.describe_error(refused, self._me()).to_message())
             return
+        except BaseException as raised:
+            # A reducer of the user's may raise SystemExit; the caller is owed an answer all the same.
+            request.respond(self._describe(raised).to_message())
+            return
         request.respond(answer)
         forks.sent_to(request.source)
 
