@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,10 @@ def _left_after_shutdown(rank: int, meeting_point: str) -> list[Any]:
     before = _descriptors(), threading.active_count(), len(os.listdir("/proc/self/task"))
     live(1)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    # The kernel's thread outlives Python's by a moment.
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/task")) > before[2] and time.monotonic() < deadline:
+        time.sleep(0.01)
     after = _descriptors(), threading.active_count(), len(os.listdir("/proc/self/task"))
     return [sorted(after[0] - before[0]), after[1] - before[1], max(0, after[2] - before[2]), children]
 

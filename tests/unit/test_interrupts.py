@@ -22,14 +22,18 @@ from zmqagent.agent.interrupts import InterruptWatch
 DEADLINE_S = 60.0
 
 _PREAMBLE = """
-import os, signal, sys, threading
+import atexit, os, signal, sys, threading
 import torch
 from torch.futures import Future
 from zmqagent.agent.interrupts import InterruptWatch
 
 future = Future()
+busy = threading.Lock()
 def fail():
-    future.set_exception(RuntimeError("the calls under way have failed"))
+    with busy:
+        future.set_exception(RuntimeError("the calls under way have failed"))
+# A thread that comes back from C++ while the interpreter ends would abort the process; the agent ends its threads before that.
+atexit.register(busy.acquire)
 
 def say(text):
     print(text, flush=True)
