@@ -78,8 +78,8 @@ def interrupted(program: str) -> tuple[int, str]:
 def test_ctrl_c_ends_a_wait_in_cpp(wait: str) -> None:
     code, output = interrupted(f"""
         watch = InterruptWatch(fail)
-        threading.Timer(0.0, say_when_waiting).start()
         try:
+            threading.Timer(0.0, say_when_waiting).start()
             {wait}
         finally:
             watch.close()
@@ -92,8 +92,8 @@ def test_ctrl_c_ends_a_wait_in_cpp(wait: str) -> None:
 def test_a_wait_in_python_ends_by_itself_and_no_call_fails() -> None:
     code, output = interrupted("""
         watch = InterruptWatch(fail)
-        threading.Timer(0.0, say_when_waiting).start()
         try:
+            threading.Timer(0.0, say_when_waiting).start()
             threading.Event().wait()
         except KeyboardInterrupt:
             watch.close()
@@ -131,8 +131,8 @@ def test_a_forked_child_has_python_s_own_handler_and_its_parent_keeps_the_watch(
             watch.close()
             os._exit(0 if clean else 1)
         assert os.waitpid(child, 0)[1] == 0
-        threading.Timer(0.0, say_when_waiting).start()
         try:
+            threading.Timer(0.0, say_when_waiting).start()
             future.wait()
         finally:
             watch.close()

@@ -14,6 +14,7 @@ from tests.unit.rref_group import Group, dumps, loads
 from zmqagent.agent.base import Reply
 from zmqagent.exceptions import (
     InvalidTypeError,
+    ProtocolError,
     RpcError,
     RpcTimeoutError,
     RRefCreationError,
@@ -131,12 +132,15 @@ def test_a_timed_out_creation_has_torchs_text(group: Group) -> None:
     assert not new.rref.confirmed_by_owner()
 
 
-def test_another_failed_creation_tells_the_cause(group: Group) -> None:
+@pytest.mark.parametrize(
+    ("cause", "raised"), [(WorkerLostError("worker1 died"), WorkerLostError), (ProtocolError("nonsense"), RRefCreationError)]
+)
+def test_another_failed_creation_tells_the_cause(group: Group, cause: RpcError, raised: type[RpcError]) -> None:
     new = group[0].context.new_remote(WorkerId(1))
-    group[0].context.creation_failed(new.rref_id, new.fork_id, WorkerLostError("worker1 died"))
-    with pytest.raises(RRefCreationError, match=r"RRef creation via rpc\.remote\(\) failed: worker1 died") as caught:
+    group[0].context.creation_failed(new.rref_id, new.fork_id, cause)
+    with pytest.raises(raised, match=rf"RRef creation via rpc\.remote\(\) failed: {cause}") as caught:
         new.rref.to_here()
-    assert isinstance(caught.value.__cause__, WorkerLostError)
+    assert caught.value.__cause__ is cause
 
 
 def test_a_timed_out_call_to_oneself_fails_its_value_for_good(group: Group) -> None:

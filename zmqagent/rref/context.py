@@ -16,7 +16,15 @@ from weakref import WeakValueDictionary
 import torch
 
 from zmqagent.agent.base import Requester
-from zmqagent.exceptions import InvalidTypeError, RpcError, RpcTimeoutError, RRefCreationError, RRefUsageError, ShutdownError
+from zmqagent.exceptions import (
+    InvalidTypeError,
+    RpcError,
+    RpcTimeoutError,
+    RRefCreationError,
+    RRefUsageError,
+    ShutdownError,
+    WorkerLostError,
+)
 from zmqagent.rref import events
 from zmqagent.rref.forks import ForkData, Forks, PendingUsers, current_forks, current_pending, unpack_fork, unpickling_scope
 from zmqagent.rref.owners import CREATION_TIMED_OUT
@@ -148,9 +156,11 @@ class RRefContext:
             self._shell.handle(events.CreationConfirmed(fork_id))
 
     def creation_failed(self, rref_id: RRefId, fork_id: ForkId, cause: RpcError) -> None:
-        """The ``remote`` call failed: every later use of the RRef raises `RRefCreationError`."""
+        """The ``remote`` call failed: every later use of the RRef raises `RRefCreationError`, or `WorkerLostError` if that is
+        why: whether the call or the RRef learns of a loss first is chance."""
+        kind = WorkerLostError if isinstance(cause, WorkerLostError) else RRefCreationError
         timed_out = isinstance(cause, RpcTimeoutError)
-        error = RRefCreationError(CREATION_TIMED_OUT if timed_out else f"RRef creation via rpc.remote() failed: {cause}")
+        error = kind(CREATION_TIMED_OUT if timed_out else f"RRef creation via rpc.remote() failed: {cause}")
         error.__cause__ = cause
         if tuple(rref_id) == tuple(fork_id):
             self._shell.handle(events.SelfRemoteEnded(rref_id, error))
