@@ -17,7 +17,7 @@ import torch.distributed.rpc as rpc
 
 import zmqagent
 from tests.integration.harness import on_group, run_ranks, worker
-from zmqagent.exceptions import WorkerLostError
+from zmqagent.exceptions import UnreadableCallError, WorkerLostError
 
 
 def add(x: Any, y: Any) -> Any:
@@ -270,3 +270,22 @@ def _describe_the_group() -> list[Any]:
 
 def test_the_group_can_be_asked_about() -> None:
     assert on_group(_describe_the_group, world_size=3) == [[("worker0", 0), ("worker1", 1), ("worker2", 2)], "worker0", 2, True]
+
+
+class Unreadable:
+    """Pickles, but cannot be unpickled."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def _send_what_cannot_be_read() -> dict[str, str]:
+    rref = rpc.RRef(torch.ones(1))
+    with pytest.raises(UnreadableCallError, match="no number"):
+        rpc.rpc_sync("worker1", add, args=(rref, Unreadable()))
+    return dict(rpc._rref_context_get_debug_info())
+
+
+def test_shares_in_a_call_that_nobody_could_read_are_taken_back() -> None:
+    info = on_group(_send_what_cannot_be_read, world_size=2)
+    assert (info["num_forks"], info["num_owner_rrefs"]) == ("0", "0")

@@ -17,7 +17,7 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, ScriptError, WorkerLostError
+from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, ScriptError, UnreadableCallError, WorkerLostError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
@@ -158,8 +158,14 @@ class Invoker:
         timeout: float,
         attach_always: bool,
     ) -> None:
+        def settle(reply: Reply) -> None:
+            if isinstance(reply, UnreadableCallError):
+                # Nobody there will ever claim the shares in RRefs that the call brought.
+                call.forks.cancel()
+            on_reply(reply)
+
         try:
-            self._messenger.send(to, message, on_reply, timeout=timeout, attach_always=attach_always)
+            self._messenger.send(to, message, settle, timeout=timeout, attach_always=attach_always)
         except WorkerLostError as error:
             # No fault of the caller's: it learns of it where it would learn of a loss a moment later.
             call.forks.cancel()

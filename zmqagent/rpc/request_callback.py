@@ -17,7 +17,7 @@ from zmqagent.agent.base import Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.autograd.engine import DistEngine
-from zmqagent.exceptions import CalleeError, RpcError
+from zmqagent.exceptions import CalleeError, RpcError, UnreadableCallError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function, run_script
@@ -142,7 +142,10 @@ class RpcRequestCallback:
         done: Callable[[Any, BaseException | None], None],
     ) -> None:
         with self._rrefs.unpickling() as pending:
-            function = load(body)
+            try:
+                function = load(body)
+            except CalleeError as error:
+                raise UnreadableCallError(str(error)) from error
         self._rrefs.when_confirmed(pending, partial(self._start, request, function, is_async, done))
 
     def _start(
