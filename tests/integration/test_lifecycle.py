@@ -282,7 +282,7 @@ class Unreadable:
 def _send_what_cannot_be_read() -> dict[str, str]:
     rref = rpc.RRef(torch.ones(1))
     with pytest.raises(UnreadableCallError, match="no number"):
-        rpc.rpc_sync("worker1", add, args=(rref, Unreadable()))
+        rpc.rpc_sync("worker1", add, args=(Unreadable(), rref))
     return dict(rpc._rref_context_get_debug_info())
 
 
