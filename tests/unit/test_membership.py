@@ -173,7 +173,7 @@ class TestVerdicts:
 
     def test_a_goodbye_ends_what_waits_and_is_no_loss(self) -> None:
         membership = group(0)
-        gone, disconnect = membership.handle(goodbye(1), 1.0)
+        disconnect, gone = membership.handle(goodbye(1), 1.0)
         assert isinstance(gone, WorkerGone)
         assert gone.expected
         assert "has left the group: shutdown" in str(gone.error)

@@ -192,7 +192,8 @@ class Membership:
         member = self._change(event.worker_id, event.incarnation, MemberState.LEFT, now, event.reason)
         if member is None:
             return []
-        return [WorkerGone(member.record, _gone(member), expected=True), Disconnect(event.worker_id), *self._settle_barriers()]
+        # In this order: a call that begins in between is either refused by the transport, or found and failed by what follows.
+        return [Disconnect(event.worker_id), WorkerGone(member.record, _gone(member), expected=True), *self._settle_barriers()]
 
     def _leave(self, reason: str, now: float) -> list[Instruction]:
         self._ending = True
