@@ -18,7 +18,6 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 }
 """Backend -> ``Suite.test`` -> reason."""
 
-_RACES = "the test races with itself: new_group is called by RPC on a worker that may not have joined the process group yet"
 _IN_SCRIPT = "calls RPC, or holds an RRef, inside TorchScript, which runs in C++ and cannot reach an agent written in Python"
 _PROFILING = "what a callee records for its caller's profiler is not sent back yet"
 _DYNAMIC = "groups that workers join at run time (world_size=None) do not exist yet"
@@ -127,9 +126,7 @@ def _each(tests: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:
 
 
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
-    "TENSORPIPE": {"DdpUnderDistAutogradTest.test_backward_ddp_inside": _RACES},
     "ZMQ": {
-        "DdpUnderDistAutogradTest.test_backward_ddp_inside": _RACES,
         "DistAutogradTest.test_no_grad_copy": _HANDS_OVER,
         "JitRpcTest.test_torchscript_function_exception": _SCHEMA,
         **_each(_TORCHSCRIPT_TESTS, _IN_SCRIPT),

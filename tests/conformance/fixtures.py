@@ -17,6 +17,8 @@ import torch.multiprocessing
 from torch.testing._internal.distributed.rpc.rpc_agent_test_fixture import RpcAgentTestFixture
 from torch.testing._internal.distributed.rpc.tensorpipe_rpc_agent_test_fixture import TensorPipeRpcAgentTestFixture
 
+from tests.conformance.races import settle_process_groups
+
 __all__ = ["BACKENDS", "ForkedRanks", "fixture_for", "redirect_output"]
 
 
@@ -33,6 +35,7 @@ class ForkedRanks:
     def _run(cls, rank: int, test_name: str, file_name: str, parent_pipe: Any, **kwargs: Any) -> None:
         redirect_output(cls.directory / f"rank{rank}.log")
         _note_agents(cls.directory / f"rank{rank}.agents")
+        settle_process_groups()
         super()._run(rank, test_name, file_name, parent_pipe, **kwargs)  # type: ignore[misc]
 
     def _check_return_codes(self, fn: Any, elapsed_time: float) -> None:
