@@ -27,6 +27,7 @@ from zmqagent.rpc.invoke import CallPickler, Invoker
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.request_callback import RpcRequestCallback
 from zmqagent.rpc.rref_calls import RpcRRefCalls
+from zmqagent.rpc.shares import give_back
 from zmqagent.rref.context import RRefContext
 from zmqagent.transport.hosts import describe_self, host_identity, local_address_towards
 from zmqagent.transport.zmq import ZmqTransport
@@ -84,7 +85,7 @@ class Worker:
             # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
             torch_bindings.activate(worker.replacements())
             api._init_rpc_states(worker.agent)
-            worker.agent.start(worker._callback, worker._on_worker_lost, worker._keep_house)
+            worker.agent.start(worker._callback, worker._on_worker_lost, give_back, worker._keep_house)
         except BaseException:
             worker._rrefs.close()
             worker.agent.shutdown()

@@ -53,6 +53,7 @@ class Node:
         self.agent.start(
             lambda source, message, respond: self.serve(source, message, respond),
             lambda worker_id, error: self.lost.put((worker_id, error)),
+            lambda answer: None,
         )
 
     def ask(self, to: WorkerId, timeout: float = 0.0, payload: bytes = b"", *tensors: torch.Tensor) -> SimpleQueue[Reply]:

@@ -22,6 +22,7 @@ COMMANDS: list[c.Command] = [
     c.PythonCall(BODY, True),
     c.ScriptCall(BODY, "aten::add", True, False),
     c.Return(BODY),
+    c.Return(BODY, ((0, 1, 2, 3, 4, 5, "PyObject"), (0, 1, 2, 3, 6, 5, "PyObject"))),
     c.PythonRemoteCall(BODY, False, RREF, FORK),
     c.ScriptRemoteCall(BODY, "__torch__.f", False, True, RREF, FORK),
     c.RemoteReturn(RREF, FORK),

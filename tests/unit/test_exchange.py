@@ -16,7 +16,8 @@ from zmqagent.agent.executor import Executor, Task
 from zmqagent.exceptions import ProtocolError, RpcTimeoutError, ShutdownError, UnknownWorkerError, WorkerLostError
 from zmqagent.transport.base import Event, Frames, PeerRecord, Transport
 from zmqagent.wire.commands import Ack, Barrier, Failure, Goodbye, Pickled, PythonCall, Return, RRefUserDelete
-from zmqagent.wire.types import ForkId, Message, RRefId, WorkerId
+from zmqagent.wire.frames import Envelope, decode, encode
+from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
 
 ALICE = PeerRecord("alice", WorkerId(0), 10, "host", 1, ())
 BOB = PeerRecord("bob", WorkerId(1), 20, "host", 2, ())
@@ -63,7 +64,8 @@ class Side:
         self.transport = Recorder()
         self.served: list[tuple[WorkerId, Message]] = []
         self.responds: list[Respond] = []
-        self.exchange = Exchange(ALICE, self.transport, self.serve)
+        self.unused: list[Message] = []
+        self.exchange = Exchange(ALICE, self.transport, self.serve, self.unused.append)
         self.executor = Executor(lambda timeout: None, lambda: None, 1, "alice")
         self.exchange.start(self.executor)
         self.replies: SimpleQueue[Reply] = SimpleQueue()
@@ -105,8 +107,12 @@ def test_the_answer_completes_its_call_and_a_second_one_is_counted(side: Side) -
     task()
     assert isinstance(side.replies.get_nowait(), Return)
     assert side.exchange.active() == (0, 0)
-    assert side.take_in(Return(Pickled(b"2")).to_message(), 0) is None
+    late = side.take_in(Return(Pickled(b"2")).to_message(), 0)
     assert side.exchange.late_and_duplicate() == {"agent.late_replies": 1, "agent.duplicate_requests": 0}
+    assert late is not None
+    late()
+    assert [bytes(message.payload) for message in side.unused] == [b"2"]
+    assert side.replies.empty()
 
 
 def test_a_request_is_served_once_however_often_it_comes(side: Side) -> None:
@@ -157,6 +163,28 @@ def test_an_answer_that_is_none_fails_the_call(side: Side, answer: Message, cls:
     assert task is not None
     task()
     assert type(side.replies.get_nowait()) is cls
+
+
+def test_an_answer_whose_tensors_cannot_be_rebuilt_fails_the_call_and_is_left_unused(side: Side) -> None:
+    side.ask()
+    sent = Envelope(BOB.worker_id, 20, 10, 0, MessageType.PYTHON_RET, ((),), b"pickle", (), (("no tensor",),))
+    task = side.exchange.take_in([memoryview(frame) for frame in encode(sent)])
+    assert task is not None
+    task()
+    assert type(side.replies.get_nowait()) is ProtocolError
+    side.run()
+    ((payload, tensors),) = [(bytes(message.payload), message.tensors) for message in side.unused]
+    assert (payload, tensors) == (b"pickle", ())
+
+
+def test_an_answer_that_cannot_travel_is_replaced_by_the_reason_and_its_sender_knows(side: Side) -> None:
+    for number, message in enumerate([Return(Pickled(b"1")).to_message(), Message(MessageType.PYTHON_RET, (object(),))]):
+        task = side.take_in(CALL, number)
+        assert task is not None
+        task()
+        assert side.responds[number](message) is (number == 0)
+    assert [decode(frames).type for frames in side.transport.sent] == [MessageType.PYTHON_RET, MessageType.EXCEPTION]
+    assert side.exchange.active() == (0, 0)
 
 
 def test_a_call_that_cannot_be_sent_raises_and_its_callback_never_runs(side: Side) -> None:

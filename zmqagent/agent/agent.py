@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed.rpc import WorkerInfo
 
-from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, RequestCallback, Respond
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, Reply, RequestCallback, Respond
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.group import Group
@@ -67,7 +67,7 @@ class ZmqRpcAgent:
         self._transport = transport
         self._options = options
         self._rpc_timeout = float(options.rpc_timeout)
-        self._exchange = Exchange(me, transport, self._serve)
+        self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer))
         self._group = Group(
             me,
             transport,
@@ -79,6 +79,7 @@ class ZmqRpcAgent:
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
+        self._on_unused: OnUnusedAnswer = lambda answer: None
         self._keep_house: Task = lambda: None
         self._house_kept_at = time.monotonic()
         self._joins = 0
@@ -96,11 +97,19 @@ class ZmqRpcAgent:
         for record in records:
             self._group.join(record)
 
-    def start(self, callback: RequestCallback, on_worker_lost: OnWorkerLost, keep_house: Task = lambda: None) -> None:
-        """Begins to serve. ``callback`` gets the requests of peers; ``on_worker_lost`` is told, on a thread of the agent, of each
-        peer that has gone, once its calls have failed; ``keep_house`` is called there about once a second."""
+    def start(
+        self,
+        callback: RequestCallback,
+        on_worker_lost: OnWorkerLost,
+        on_unused: OnUnusedAnswer,
+        keep_house: Task = lambda: None,
+    ) -> None:
+        """Begins to serve. ``callback`` gets the requests of peers, ``on_unused`` the answers that nobody takes. On a thread of
+        the agent ``on_worker_lost`` is told of each peer that has gone, once its calls have failed, and ``keep_house`` is called
+        about once a second."""
         self._callback = callback
         self._on_worker_lost = on_worker_lost
+        self._on_unused = on_unused
         self._keep_house = keep_house
         self._exchange.start(self._executor)
         self._executor.start()

@@ -13,7 +13,7 @@ from zmqagent.exceptions import RpcError
 from zmqagent.wire.commands import Command
 from zmqagent.wire.types import Message, WorkerId
 
-__all__ = ["NO_TIMEOUT", "UNSET_TIMEOUT", "OnReply", "Reply", "RequestCallback", "Requester", "Respond"]
+__all__ = ["NO_TIMEOUT", "UNSET_TIMEOUT", "OnReply", "OnUnusedAnswer", "Reply", "RequestCallback", "Requester", "Respond"]
 
 UNSET_TIMEOUT = -1.0
 """As a timeout: the agent's default (``rpc_timeout`` of the options, or what ``_set_rpc_timeout`` set)."""
@@ -26,7 +26,12 @@ Reply = Command | RpcError
 `RpcError`; one with code 0 (a user function raised) arrives as the `Failure`, for whoever can unpickle it."""
 
 OnReply = Callable[[Reply], None]
-Respond = Callable[[Message], None]
+
+Respond = Callable[[Message], bool]
+"""Answers a request. False if the message cannot travel: whoever asked was told so in its place."""
+
+OnUnusedAnswer = Callable[[Message], None]
+"""Told of an answer that nobody takes: its call has ended already, or its tensors, which are left out, cannot be rebuilt here."""
 
 
 class Requester(Protocol):

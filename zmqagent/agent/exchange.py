@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from zmqagent.agent.base import OnReply, Reply, RequestCallback
+from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
 from zmqagent.agent.executor import Executor, Task
@@ -65,12 +65,14 @@ class Exchange:
         me: this worker.
         transport: moves frames.
         serve: what requests are handed to.
+        on_unused: what answers are handed to that nobody takes.
     """
 
-    def __init__(self, me: PeerRecord, transport: Transport, serve: RequestCallback) -> None:
+    def __init__(self, me: PeerRecord, transport: Transport, serve: RequestCallback, on_unused: OnUnusedAnswer) -> None:
         self._me = me
         self._transport = transport
         self._serve = serve
+        self._on_unused = on_unused
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
         self.gil = GilProfiler()
@@ -255,9 +257,12 @@ class Exchange:
         call_id = (envelope.source, envelope.call_id)
         with self._lock:
             if not self._calls.answered(call_id):
-                return None
+                return partial(self._leave_unused, envelope)
             waiting = self._waiting.pop(call_id)
         return partial(self._complete_with, waiting, envelope)
+
+    def _leave_unused(self, envelope: Envelope) -> None:
+        self._on_unused(Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers))
 
     def _complete_with(self, waiting: _Waiting, envelope: Envelope) -> None:
         self._complete(waiting, self._read(envelope))
@@ -266,11 +271,10 @@ class Exchange:
         """The reply in an envelope; an unreadable one is the call's failure."""
         try:
             command = parse(self._codec.message(envelope))
-        except RpcError as error:
-            return error
         except Exception as error:
+            self.submit([partial(self._leave_unused, envelope)])
             # Out of memory, for example: the call has failed, and its caller must know.
-            return ProtocolError(f"the answer could not be read: {error!r}")
+            return error if isinstance(error, RpcError) else ProtocolError(f"the answer could not be read: {error!r}")
         if isinstance(command, Failure) and command.code:
             return error_class(command.code)(command.text)
         return command
@@ -301,20 +305,23 @@ class Exchange:
             respond.fail(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}"))
         respond.defer()
 
-    def answer(self, request: Envelope, message: Message) -> None:
-        """Sends the answer to ``request``."""
+    def answer(self, request: Envelope, message: Message) -> bool:
+        """Sends the answer to ``request``; False if it cannot be encoded, and a `Failure` went in its place."""
         to, incarnation, number = request.source, request.source_incarnation, request.call_id
+        encoded = True
         try:
             try:
                 frames = self._codec.encode(message, number, incarnation)
             except Exception as error:
                 # The result cannot travel, and the caller should know why.
+                encoded = False
                 reason = error if isinstance(error, RpcError) else CalleeError(f"the result cannot be encoded: {error!r}")
                 frames = self._codec.encode(self.failure(reason), number, incarnation)
             self._send(to, frames)
         except RpcError as error:
             # The caller is gone, or this worker is: nobody waits for the answer.
             _logger.debug("the answer to worker %d was not sent: %s", to, error)
+        return encoded
 
     def failure(self, error: RpcError) -> Message:
         """The answer that says that a request has failed here."""
@@ -384,13 +391,15 @@ class _Respond:
         self._is_deferred = False
         exchange.count_server(self._counted, 0)
 
-    def __call__(self, message: Message) -> None:
-        if not self._answer(message):
+    def __call__(self, message: Message) -> bool:
+        if not self._claim():
             raise ProtocolError(f"call {self._request.call_id} of worker {self._request.source} was answered twice")
+        return self._answer(message)
 
     def fail(self, error: RpcError) -> None:
         """Answers with ``error``, unless the request was answered before it was raised."""
-        self._answer(self._exchange.failure(error))
+        if self._claim():
+            self._answer(self._exchange.failure(error))
 
     def defer(self) -> None:
         """The handler has returned; if it has not answered, something else will."""
@@ -399,16 +408,18 @@ class _Respond:
             if self._is_deferred:
                 self._exchange.count_server(0, self._counted)
 
-    def _answer(self, message: Message) -> bool:
+    def _claim(self) -> bool:
+        """Whether the caller of this is the one to answer."""
         with self._lock:
-            if self._is_answered:
-                return False
+            is_first = not self._is_answered
             self._is_answered = True
+        return is_first
+
+    def _answer(self, message: Message) -> bool:
         try:
-            self._exchange.answer(self._request, message)
+            return self._exchange.answer(self._request, message)
         finally:
             self._exchange.count_server(-self._counted, -self._counted if self._is_deferred else 0)
-        return True
 
 
 def is_request(task: Task) -> bool:

@@ -194,7 +194,8 @@ class Invoker:
             creation.set_result(Failed.by(error))
 
         def on_reply(reply: Reply) -> None:
-            if isinstance(reply, RemoteReturn):
+            # Who could not read the call has made the RRef all the same, with that error in place of its value.
+            if isinstance(reply, RemoteReturn | UnreadableCallError):
                 self._rrefs.confirm_remote(rref_id, fork_id)
                 creation.set_result(None)
             elif isinstance(reply, RpcError):
@@ -212,8 +213,10 @@ class Invoker:
     def _own(self, pickled: _PickledCall | bytes, tensors: Sequence[torch.Tensor]) -> _PickledCall:
         if isinstance(pickled, _PickledCall):
             return pickled
-        # A pickler of the user's, by _use_rpc_pickler: no buffers beside the pickle; RRefs in it cannot be taken back.
-        return _PickledCall(Pickled(pickled, (), tensors), self._rrefs.pickling())
+        # A pickler of the user's, by _use_rpc_pickler: no buffers beside the pickle, and no scope open while it worked.
+        forks = self._rrefs.pickling()
+        forks.take_unscoped()
+        return _PickledCall(Pickled(pickled, (), tensors), forks)
 
     def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
         if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):

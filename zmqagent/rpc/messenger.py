@@ -13,6 +13,7 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.exceptions import ProtocolError, RpcError
+from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import ForwardAutograd, parse
 from zmqagent.wire.types import Message, WorkerId
 
@@ -41,12 +42,16 @@ class Messenger:
     def _resume(self, context: DistAutogradContext, source: WorkerId, on_reply: OnReply, reply: Reply) -> None:
         with self._contexts.activate(context):
             if isinstance(reply, ForwardAutograd):
-                try:
-                    reply = parse(self.unwrap(context, source, reply))
-                except Exception as error:
-                    # Whoever waits must be told, whatever is wrong with the answer or has become of the context.
-                    reply = error if isinstance(error, RpcError) else ProtocolError(f"the answer cannot be taken in: {error!r}")
+                reply = self._unwrap_answer(context, source, reply)
             on_reply(reply)
+
+    def _unwrap_answer(self, context: DistAutogradContext, source: WorkerId, answer: ForwardAutograd) -> Reply:
+        try:
+            return parse(self.unwrap(context, source, answer))
+        except Exception as error:
+            give_back(answer)
+            # Whoever waits must be told, whatever is wrong with the answer or has become of the context.
+            return error if isinstance(error, RpcError) else ProtocolError(f"the answer cannot be taken in: {error!r}")
 
     def unwrap(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:
         """The inner message, its tensors joined to ``context`` by a recv function."""

@@ -191,7 +191,8 @@ class RpcRequestCallback:
     def _respond_with(self, request: _Request, value: Any) -> None:
         try:
             with self._rrefs.pickling() as forks:
-                answer = Return(pickler.dumps(value)).to_message()
+                body = pickler.dumps(value)
+                answer = Return(body, forks.shares).to_message()
                 if request.context is not None:
                     answer = self._messenger.wrap_answer(request.context, request.source, answer)
         except RpcError as refused:
@@ -201,8 +202,10 @@ class RpcRequestCallback:
             # A reducer of the user's may raise SystemExit; the caller is owed an answer all the same.
             request.respond(self._describe(raised).to_message())
             return
-        request.respond(answer)
-        forks.sent_to(request.source)
+        if request.respond(answer):
+            forks.sent_to(request.source)
+        else:
+            forks.cancel()
 
     # RRefs.
 
@@ -213,7 +216,10 @@ class RpcRequestCallback:
             owner.set_value(value)
         else:
             owner.set_error(failures.rebuild(self._describe(error)))
-        request.respond(RemoteReturn(rref_id, fork_id).to_message())
+        if isinstance(error, UnreadableCallError):
+            request.respond(failures.describe_error(error, self._me()).to_message())
+        else:
+            request.respond(RemoteReturn(rref_id, fork_id).to_message())
 
     def _rref_fetch(self, request: _Request, fetch: RRefFetch) -> None:
         def ready(owner: OwnerRRef | None, error: BaseException | None) -> None:

@@ -10,6 +10,7 @@ from zmqagent.agent.base import Reply
 from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.failures import Failed
+from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import Failure, Return
 
 __all__ = ["complete"]
@@ -28,4 +29,5 @@ def _value(reply: Reply) -> Any:
     try:
         return pickler.loads(reply.body)
     except RpcError as error:
+        give_back(reply)
         return Failed.by(error)

@@ -26,13 +26,13 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rref import events
-from zmqagent.rref.forks import ForkData, Forks, PendingUsers, current_forks, current_pending, unpack_fork, unpickling_scope
+from zmqagent.rref.forks import Forks, PendingUsers, current_pending, note_fork, unpack_fork, unpickling_scope
 from zmqagent.rref.owners import CREATION_TIMED_OUT
 from zmqagent.rref.protocol import RRefProtocol
 from zmqagent.rref.rref import OwnerRRef, RRef, RRefCalls, UserRRef
 from zmqagent.rref.shell import OnConfirmed, ProtocolShell
 from zmqagent.rref.users import UserState
-from zmqagent.wire.types import ForkId, RRefId, WorkerId
+from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 
 __all__ = ["NewRemote", "OnOwnerReady", "RRefContext"]
 
@@ -199,10 +199,9 @@ class RRefContext:
             return events.UserForked(rref.fork_id, minted[0])
 
         self._shell.step(forked)
-        scope = current_forks()
-        if scope is not None:
-            scope.add(events.MintedFork(rref.rref_id, minted[0]))
-        return (rref.owner, *rref.rref_id, *minted[0], self._me, _TYPE_NAME)
+        share = (rref.owner, *rref.rref_id, *minted[0], self._me, _TYPE_NAME)
+        note_fork(share)
+        return share
 
     def unpickle(self, data: ForkData) -> RRef:
         """The RRef for a share that a message brought: ``PyRRef._deserialize``.

@@ -15,21 +15,17 @@ from torch.distributed.rpc import PyRRef
 
 from zmqagent.exceptions import RpcError
 from zmqagent.rref.events import MintedFork
-from zmqagent.wire.types import ForkId, RRefId, WorkerId
+from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 
 __all__ = [
-    "ForkData",
     "Forks",
     "PendingUsers",
-    "current_forks",
     "current_pending",
+    "note_fork",
     "receive_rref",
     "unpack_fork",
     "unpickling_scope",
 ]
-
-ForkData = tuple[int, int, int, int, int, int, str]
-"""A share as it is pickled, in torch's order: owner, RRef id (2), fork id (2), parent, type."""
 
 
 def unpack_fork(data: ForkData) -> tuple[WorkerId, RRefId, ForkId, WorkerId]:
@@ -44,6 +40,8 @@ class _Scopes(threading.local):
     def __init__(self) -> None:
         self.pickling: list[Forks] = []
         self.unpickling: list[PendingUsers] = []
+        # Minted while no scope was open, by a pickler of the user's.
+        self.unscoped: list[ForkData] = []
 
 
 _scopes = _Scopes()
@@ -62,7 +60,7 @@ class Forks:
 
     def __init__(self, settle: _Settler) -> None:
         self._settle = settle
-        self._minted: list[MintedFork] = []
+        self._shares: list[ForkData] = []
         self._sent = False
 
     def __enter__(self) -> Forks:
@@ -75,24 +73,34 @@ class Forks:
             self.cancel()
 
     def __len__(self) -> int:
-        return len(self._minted)
+        return len(self._shares)
 
-    def add(self, fork: MintedFork) -> None:
+    @property
+    def shares(self) -> tuple[ForkData, ...]:
+        """The forks as the message has them."""
+        return tuple(self._shares)
+
+    def add(self, share: ForkData) -> None:
         """Takes note of a fork that goes into the message."""
-        self._minted.append(fork)
+        self._shares.append(share)
+
+    def take_unscoped(self) -> None:
+        """Takes over the forks that were minted on this thread while no scope was open: a pickler of the user's knows of none."""
+        self._shares += _scopes.unscoped
+        _scopes.unscoped.clear()
 
     def sent_to(self, to: WorkerId) -> None:
         """The message was accepted for sending to ``to``. A second call, or one after `cancel`, changes nothing."""
-        if self._minted and not self._sent:
-            self._settle(tuple(self._minted), to)
+        if self._shares and not self._sent:
+            self._settle(tuple(map(_fork, self._shares)), to)
         self._sent = True
 
     def cancel(self) -> None:
         """Nobody will ever hold these forks: the message is not sent, or its receiver has said that it cannot unpickle it.
         (Shares that it did unpickle before it failed die there, and are none the worse.) A second call changes nothing."""
-        minted, self._minted = tuple(self._minted), []
-        if minted:
-            self._settle(minted, None)
+        shares, self._shares = self._shares, []
+        if shares:
+            self._settle(tuple(map(_fork, shares)), None)
 
 
 class PendingUsers:
@@ -105,9 +113,17 @@ class PendingUsers:
         self.error: RpcError | None = None
 
 
-def current_forks() -> Forks | None:
-    """The innermost pickling scope of this thread."""
-    return _scopes.pickling[-1] if _scopes.pickling else None
+def note_fork(share: ForkData) -> None:
+    """Takes note of a fork that was minted: in the innermost pickling scope of this thread, or for `Forks.take_unscoped`."""
+    if _scopes.pickling:
+        _scopes.pickling[-1].add(share)
+    else:
+        _scopes.unscoped.append(share)
+
+
+def _fork(share: ForkData) -> MintedFork:
+    _owner, rref_id, fork_id, _parent = unpack_fork(share)
+    return MintedFork(rref_id, fork_id)
 
 
 def current_pending() -> PendingUsers | None:

@@ -24,9 +24,9 @@ from torch.futures import Future
 
 from zmqagent.agent.base import UNSET_TIMEOUT
 from zmqagent.exceptions import BackwardError, RpcTimeoutError, RRefUsageError
-from zmqagent.rref.forks import ForkData, receive_rref
+from zmqagent.rref.forks import receive_rref
 from zmqagent.rref.users import UserState
-from zmqagent.wire.types import ForkId, RRefId, WorkerId
+from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 
 __all__ = ["OwnerRRef", "RRef", "RRefCalls", "RRefHome", "UserRRef", "backward_root"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
-from zmqagent.wire.types import AutogradMetadata, ForkId, Message, MessageType, RRefId
+from zmqagent.wire.types import AutogradMetadata, ForkData, ForkId, Message, MessageType, RRefId
 
 __all__ = [
     "AbortBackward",
@@ -109,18 +109,22 @@ class ScriptCall:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """The result of a `PythonCall`, a `ScriptCall` or an `RRefFetch`, pickled."""
+    """The result of a `PythonCall`, a `ScriptCall` or an `RRefFetch`, pickled. ``shares`` are those in the pickle once more, for
+    a receiver that cannot use the result, and gives them back."""
 
     type: ClassVar[MessageType] = MessageType.PYTHON_RET
     body: Pickled
+    shares: tuple[ForkData, ...] = ()
 
     def to_message(self) -> Message:
-        return _message(self.type, (), self.body)
+        return _message(self.type, (self.shares,), self.body)
 
     @classmethod
     def from_message(cls, message: Message) -> Return:
-        _take(message)
-        return cls(_body(message))
+        (shares,) = _take(message, tuple)
+        if not all(type(share) is tuple and [type(value) for value in share] == [int] * 6 + [str] for share in shares):
+            raise ProtocolError(f"a share in an RRef is six integers and a text, but a {message.type.name} has {shares!r:.200}")
+        return cls(_body(message), shares)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NewType
 
-__all__ = ["AutogradMetadata", "ForkId", "Message", "MessageType", "RRefId", "WorkerId"]
+__all__ = ["AutogradMetadata", "ForkData", "ForkId", "Message", "MessageType", "RRefId", "WorkerId"]
 
 WorkerId = NewType("WorkerId", int)
 """A worker's rank in its group, an int16 in torch."""
@@ -38,6 +38,10 @@ class ForkId(NamedTuple):
 
     def __str__(self) -> str:
         return f"GloballyUniqueId(created_on={self.created_on}, local_id={self.local_id})"
+
+
+ForkData = tuple[int, int, int, int, int, int, str]
+"""A share in an RRef as it is pickled, in torch's order: owner, RRef id (2), fork id (2), parent, type."""
 
 
 class AutogradMetadata(NamedTuple):
