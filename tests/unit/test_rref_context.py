@@ -304,6 +304,17 @@ def test_an_rref_of_this_worker_that_is_gone_fails_the_function_but_not_what_com
     assert shared.owner_name() == "worker0"
 
 
+def test_shares_minted_outside_of_all_scopes_are_taken_back_by_who_asks_for_them(group: Group) -> None:
+    context = group[0].context
+    context.local("mine")._serialize()
+    assert counts(group, 0)[:2] == (1, 1)
+    forks = context.pickled_without_scope()
+    context.pickled_without_scope().cancel()
+    assert counts(group, 0)[:2] == (1, 1)
+    forks.cancel()
+    assert counts(group, 0)[:2] == (0, 0)
+
+
 def test_outside_of_a_scope_an_rref_that_is_gone_is_refused(group: Group) -> None:
     new = group.remote(0, 1, "value")
     data = new.rref._serialize()

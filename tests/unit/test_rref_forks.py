@@ -11,8 +11,8 @@ from zmqagent.rref.events import MintedFork
 from zmqagent.rref.forks import (
     Forks,
     PendingUsers,
+    current_forks,
     current_pending,
-    note_fork,
     receive_rref,
     unpack_fork,
     unpickling_scope,
@@ -37,34 +37,24 @@ def test_a_share_is_packed_in_torchs_order() -> None:
     assert unpack_fork(DATA) == (3, RRefId(0, 1), ForkId(0, 2), 4)
 
 
-def test_the_innermost_scope_of_the_thread_collects_the_forks() -> None:
+def test_the_innermost_scope_is_the_one_of_the_thread() -> None:
+    assert current_forks() is None
     with Forks(Settled()) as outer:
         with Forks(Settled()) as inner:
-            note_fork(DATA)
-        assert (len(outer), len(inner)) == (0, 1)
-        thread = threading.Thread(target=note_fork, args=(DATA,))
+            assert current_forks() is inner
+        assert current_forks() is outer
+        seen: list[Any] = []
+        thread = threading.Thread(target=lambda: seen.append(current_forks()))
         thread.start()
         thread.join()
-        assert len(outer) == 0
-        note_fork(DATA)
-    assert outer.shares == inner.shares == (DATA,)
-
-
-def test_forks_that_were_minted_while_no_scope_was_open_can_be_taken_over_once() -> None:
-    settled = Settled()
-    note_fork(DATA)
-    first, second = Forks(settled), Forks(settled)
-    first.take_unscoped()
-    second.take_unscoped()
-    assert (first.shares, second.shares) == ((DATA,), ())
-    first.cancel()
-    assert settled.reports == [((FORK,), None)]
+        assert seen == [None]
+    assert current_forks() is None
 
 
 def test_forks_are_reported_sent_once() -> None:
     settled = Settled()
     with Forks(settled) as forks:
-        forks.add(DATA)
+        forks.shares.append(DATA)
     assert settled.reports == []
     forks.sent_to(WorkerId(5))
     forks.sent_to(WorkerId(6))
@@ -74,7 +64,7 @@ def test_forks_are_reported_sent_once() -> None:
 def test_forks_of_a_message_that_its_receiver_could_not_unpickle_are_cancelled_after_it_was_sent() -> None:
     settled = Settled()
     with Forks(settled) as forks:
-        forks.add(DATA)
+        forks.shares.append(DATA)
     forks.sent_to(WorkerId(5))
     forks.cancel()
     forks.cancel()
@@ -84,7 +74,7 @@ def test_forks_of_a_message_that_its_receiver_could_not_unpickle_are_cancelled_a
 def test_what_was_cancelled_is_not_sent() -> None:
     settled = Settled()
     with Forks(settled) as forks:
-        forks.add(DATA)
+        forks.shares.append(DATA)
     forks.cancel()
     forks.sent_to(WorkerId(5))
     assert settled.reports == [((FORK,), None)]
@@ -105,15 +95,13 @@ def test_pickling_that_fails_cancels_its_forks() -> None:
 
     def pickle_something_bad() -> None:
         with Forks(settled) as forks:
-            forks.add(DATA)
+            forks.shares.append(DATA)
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         pickle_something_bad()
     assert settled.reports == [((FORK,), None)]
-    note_fork(DATA)
-    assert len(settled.reports) == 1
-    Forks(settled).take_unscoped()
+    assert current_forks() is None
 
 
 def test_an_rref_is_rebuilt_in_the_scope_that_unpickles() -> None:

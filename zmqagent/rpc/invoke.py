@@ -214,9 +214,7 @@ class Invoker:
         if isinstance(pickled, _PickledCall):
             return pickled
         # A pickler of the user's, by _use_rpc_pickler: no buffers beside the pickle, and no scope open while it worked.
-        forks = self._rrefs.pickling()
-        forks.take_unscoped()
-        return _PickledCall(Pickled(pickled, (), tensors), forks)
+        return _PickledCall(Pickled(pickled, (), tensors), self._rrefs.pickled_without_scope())
 
     def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
         if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):

@@ -192,7 +192,7 @@ class RpcRequestCallback:
         try:
             with self._rrefs.pickling() as forks:
                 body = pickler.dumps(value)
-                answer = Return(body, forks.shares).to_message()
+                answer = Return(body, tuple(forks.shares)).to_message()
                 if request.context is not None:
                     answer = self._messenger.wrap_answer(request.context, request.source, answer)
         except RpcError as refused:

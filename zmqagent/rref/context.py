@@ -7,6 +7,7 @@ only as a `Requester`; never pickles, and runs user code only by calling back.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rref import events
-from zmqagent.rref.forks import Forks, PendingUsers, current_pending, note_fork, unpack_fork, unpickling_scope
+from zmqagent.rref.forks import Forks, PendingUsers, current_forks, current_pending, unpack_fork, unpickling_scope
 from zmqagent.rref.owners import CREATION_TIMED_OUT
 from zmqagent.rref.protocol import RRefProtocol
 from zmqagent.rref.rref import OwnerRRef, RRef, RRefCalls, UserRRef
@@ -55,6 +56,13 @@ class NewRemote(NamedTuple):
     fork_id: ForkId
 
 
+class _Unscoped(threading.local):
+    """The shares that a thread has minted outside of all scopes."""
+
+    def __init__(self) -> None:
+        self.shares: list[ForkData] = []
+
+
 class RRefContext:
     """All RRefs of one worker, as owner and as user. All methods may be called from any thread."""
 
@@ -75,6 +83,7 @@ class RRefContext:
         self._owners: WeakValueDictionary[RRefId, OwnerRRef] = WeakValueDictionary()
         # Those whose function still runs: fetches that wait for the value must not lose it when the last user goes. Same lock.
         self._running: dict[RRefId, OwnerRRef] = {}
+        self._unscoped = _Unscoped()
 
     # What RRefs ask of their home (`RRefHome`).
 
@@ -178,6 +187,13 @@ class RRefContext:
 
         return Forks(settle)
 
+    def pickled_without_scope(self) -> Forks:
+        """The shares that this thread has minted while no scope was open, since the last call of this: a pickler of the user's
+        knows of no scopes."""
+        forks = self.pickling()
+        forks.shares, self._unscoped.shares = self._unscoped.shares, []
+        return forks
+
     def unpickling(self) -> AbstractContextManager[PendingUsers]:
         """``with context.unpickling() as pending:`` makes this context the home of the RRefs that the body unpickles, and
         collects what `when_confirmed` has to wait for."""
@@ -200,7 +216,8 @@ class RRefContext:
 
         self._shell.step(forked)
         share = (rref.owner, *rref.rref_id, *minted[0], self._me, _TYPE_NAME)
-        note_fork(share)
+        scope = current_forks()
+        (self._unscoped.shares if scope is None else scope.shares).append(share)
         return share
 
     def unpickle(self, data: ForkData) -> RRef:

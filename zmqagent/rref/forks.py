@@ -20,8 +20,8 @@ from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 __all__ = [
     "Forks",
     "PendingUsers",
+    "current_forks",
     "current_pending",
-    "note_fork",
     "receive_rref",
     "unpack_fork",
     "unpickling_scope",
@@ -40,8 +40,6 @@ class _Scopes(threading.local):
     def __init__(self) -> None:
         self.pickling: list[Forks] = []
         self.unpickling: list[PendingUsers] = []
-        # Minted while no scope was open, by a pickler of the user's.
-        self.unscoped: list[ForkData] = []
 
 
 _scopes = _Scopes()
@@ -60,7 +58,8 @@ class Forks:
 
     def __init__(self, settle: _Settler) -> None:
         self._settle = settle
-        self._shares: list[ForkData] = []
+        self.shares: list[ForkData] = []
+        """The forks as the message has them."""
         self._sent = False
 
     def __enter__(self) -> Forks:
@@ -73,32 +72,18 @@ class Forks:
             self.cancel()
 
     def __len__(self) -> int:
-        return len(self._shares)
-
-    @property
-    def shares(self) -> tuple[ForkData, ...]:
-        """The forks as the message has them."""
-        return tuple(self._shares)
-
-    def add(self, share: ForkData) -> None:
-        """Takes note of a fork that goes into the message."""
-        self._shares.append(share)
-
-    def take_unscoped(self) -> None:
-        """Takes over the forks that were minted on this thread while no scope was open: a pickler of the user's knows of none."""
-        self._shares += _scopes.unscoped
-        _scopes.unscoped.clear()
+        return len(self.shares)
 
     def sent_to(self, to: WorkerId) -> None:
         """The message was accepted for sending to ``to``. A second call, or one after `cancel`, changes nothing."""
-        if self._shares and not self._sent:
-            self._settle(tuple(map(_fork, self._shares)), to)
+        if self.shares and not self._sent:
+            self._settle(tuple(map(_fork, self.shares)), to)
         self._sent = True
 
     def cancel(self) -> None:
         """Nobody will ever hold these forks: the message is not sent, or its receiver has said that it cannot unpickle it.
         (Shares that it did unpickle before it failed die there, and are none the worse.) A second call changes nothing."""
-        shares, self._shares = self._shares, []
+        shares, self.shares = self.shares, []
         if shares:
             self._settle(tuple(map(_fork, shares)), None)
 
@@ -113,12 +98,9 @@ class PendingUsers:
         self.error: RpcError | None = None
 
 
-def note_fork(share: ForkData) -> None:
-    """Takes note of a fork that was minted: in the innermost pickling scope of this thread, or for `Forks.take_unscoped`."""
-    if _scopes.pickling:
-        _scopes.pickling[-1].add(share)
-    else:
-        _scopes.unscoped.append(share)
+def current_forks() -> Forks | None:
+    """The innermost pickling scope of this thread."""
+    return _scopes.pickling[-1] if _scopes.pickling else None
 
 
 def _fork(share: ForkData) -> MintedFork:
