@@ -1,91 +1,16 @@
-"""`zmqagent.rpc.user_code`: functions start from a clean state, are found by name, and end with a value or an error."""
+"""`zmqagent.rpc.user_code`: functions are found by name, and end with a value or an error."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from torch.futures import Future
-from torch.overrides import TorchFunctionMode
 
 from zmqagent.exceptions import CalleeError, InvalidTypeError
-from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function
-
-
-class _Mode(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
-def _state() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch._C._len_torch_function_stack(),
-        torch.empty(0).device.type,
-    )
-
-
-CLEAN = (True, False, False, 0, "cpu")
-
-DIRT: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "no_grad": torch.no_grad,
-    "inference mode": torch.inference_mode,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "function mode": _Mode,
-    "default device": lambda: torch.device("meta"),
-}
-
-
-@pytest.mark.parametrize("dirt", DIRT)
-def test_the_body_sees_a_clean_state_and_the_thread_gets_its_own_back(dirt: str) -> None:
-    with DIRT[dirt]():
-        dirty = _state()
-        assert dirty != CLEAN
-        with clean_state():
-            assert _state() == CLEAN
-        assert _state() == dirty
-    assert _state() == CLEAN
-
-
-@clean_state()
-def _raise_in_a_clean_state() -> None:
-    assert _state() == CLEAN
-    raise ValueError("within")
-
-
-def test_all_at_once_are_cleaned_also_when_the_body_raises() -> None:
-    with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), _Mode(), torch.device("meta"):
-        dirty = _state()
-        with pytest.raises(ValueError, match="within"):
-            _raise_in_a_clean_state()
-        assert _state() == dirty
-
-
-def test_what_a_body_leaves_behind_does_not_reach_the_next() -> None:
-    seen = []
-
-    def serve() -> None:
-        with clean_state():
-            torch.set_grad_enabled(False)
-        with clean_state():
-            seen.append(_state())
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    thread.join()
-    assert seen == [CLEAN]
-
-
-def test_tensors_made_in_a_clean_state_record_a_graph() -> None:
-    with torch.no_grad(), clean_state():
-        assert (torch.ones(1, requires_grad=True) * 2).grad_fn is not None
-
+from zmqagent.rpc.user_code import on_result, resolve_script_function
 
 # What a call names.
 

@@ -1,8 +1,9 @@
-"""Messages with the caller's distributed autograd context attached, in both directions.
+"""Messages with the caller's distributed autograd context attached, in both directions; answers in the caller's thread state.
 
 When torch attaches autograd: never without a current context; always for a Python user function, a Python ``remote``
 and ``to_here``; for builtin operators and for all answers only if some tensor requires grad. The context of the caller is current
-again while the answer is handled, so that callbacks of a future may go on building the graph.
+again while the answer is handled, so that callbacks of a future may go on building the graph; so is what else of the caller's
+thread belongs to a call (`zmqagent.rpc.thread_state`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc.shares import give_back
+from zmqagent.rpc.thread_state import ThreadState, current_state, in_state
 from zmqagent.wire.commands import ForwardAutograd, parse
 from zmqagent.wire.types import Message, WorkerId
 
@@ -30,8 +32,10 @@ class Messenger:
     def send(
         self, to: WorkerId, message: Message, on_reply: OnReply, *, timeout: float = UNSET_TIMEOUT, attach_always: bool
     ) -> None:
-        """Sends ``message`` as `Requester.request` does, in the calling thread's context if there is one."""
+        """Sends ``message`` as `Requester.request` does, in the calling thread's context if there is one. ``on_reply`` runs in
+        that context, and in the state of the calling thread."""
         context = self._contexts.current_context_or_none()
+        on_reply = partial(_reply_in, current_state(), on_reply)
         if context is None:
             self._requester.request(to, message, on_reply, timeout=timeout)
             return
@@ -62,6 +66,11 @@ class Messenger:
     def wrap_answer(self, context: DistAutogradContext, to: WorkerId, answer: Message) -> Message:
         """``answer``, wrapped if the gradients of its tensors will have to come back here."""
         return _wrap(context, to, answer) if _any_requires_grad(answer) else answer
+
+
+def _reply_in(state: ThreadState, on_reply: OnReply, reply: Reply) -> None:
+    with in_state(state):
+        on_reply(reply)
 
 
 def _wrap(context: DistAutogradContext, to: WorkerId, message: Message) -> Message:

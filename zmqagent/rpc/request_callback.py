@@ -20,7 +20,8 @@ from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import CalleeError, RpcError, UnreadableCallError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
-from zmqagent.rpc.user_code import clean_state, on_result, resolve_script_function, run_script
+from zmqagent.rpc.thread_state import clean_state
+from zmqagent.rpc.user_code import on_result, resolve_script_function, run_script
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.rref import OwnerRRef, backward_root
 from zmqagent.wire.commands import (
@@ -182,7 +183,7 @@ class RpcRequestCallback:
 
     def _answer(self, request: _Request, value: Any, error: BaseException | None) -> None:
         """Sends a function's value, or its exception, back; runs on whichever thread completed it."""
-        with self._contexts.activate(request.context):
+        with self._contexts.activate(request.context), clean_state():
             if error is not None:
                 request.respond(self._describe(error).to_message())
             else:

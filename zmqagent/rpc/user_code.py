@@ -1,13 +1,8 @@
-"""Runs user functions: resolves what a call names, starts it from a clean state, and waits for futures it returns.
-
-A thread of the pool runs many callers' functions, one after the other. None may see what the one before left behind in torch's
-thread-local state (grad mode, inference mode, autocast, default device, function modes).
-"""
+"""Runs user functions: resolves what a call names, runs it, and waits for futures it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,52 +10,9 @@ from torch.futures import Future
 
 from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError
 
-__all__ = ["clean_state", "on_result", "resolve_script_function", "run_script"]
+__all__ = ["on_result", "resolve_script_function", "run_script"]
 
 OnResult = Callable[[Any, "BaseException | None"], None]
-
-
-@contextmanager
-def clean_state() -> Iterator[None]:
-    """Gives the body torch's initial thread-local state, and the thread its own state back afterwards."""
-    if _is_clean():
-        yield
-        return
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(True))
-        for device_type in {"cpu", _accelerator_type()}:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(_without_function_modes())
-        yield
-
-
-def _is_clean() -> bool:
-    # Asked for every call: these four take 0.3 us together, the guards below ten times that.
-    return (
-        torch.is_grad_enabled()
-        and not torch.is_inference_mode_enabled()
-        and not torch._C._is_any_autocast_enabled()
-        and not torch._C._len_torch_function_stack()
-    )
-
-
-def _accelerator_type() -> str:
-    device = torch.accelerator.current_accelerator()
-    return "cpu" if device is None else device.type
-
-
-@contextmanager
-def _without_function_modes() -> Iterator[None]:
-    """Empties the thread's stack of function modes (``torch.set_default_device`` is one) for the body."""
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
 
 
 def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
