@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -12,11 +13,12 @@ import torch.distributed.rpc as rpc
 from torch.distributed.rpc import backend_registry
 
 from zmqagent import torch_bindings
+from zmqagent.agent.detour import Detour
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.worker import Worker
 
-__all__ = ["NAME", "register", "replace_tensorpipe"]
+__all__ = ["NAME", "register", "register_variant", "replace_tensorpipe"]
 
 NAME = "ZMQ"
 
@@ -36,6 +38,18 @@ class _Process:
 _process = _Process()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Variant:
+    """A backend whose workers are this package's."""
+
+    options: type[ZmqRpcBackendOptions]
+    make_detour: Callable[[Any], Detour | None]
+
+
+# By the name of the backend; added to as modules are imported.
+_variants: dict[str, _Variant] = {}
+
+
 def register() -> None:
     """Makes ``BackendType.ZMQ`` exist, in torch's own enum, so that members taken earlier stay valid. Harmless when repeated."""
     torch_bindings.install(
@@ -46,8 +60,15 @@ def register() -> None:
             "register_backend": _register_backend,
         }
     )
-    if not backend_registry.backend_registered(NAME):
-        _register_backend(NAME, _construct_options, _init_zmq)
+    register_variant(NAME, ZmqRpcBackendOptions, lambda options: None)
+
+
+def register_variant(name: str, options: type[ZmqRpcBackendOptions], make_detour: Callable[[Any], Detour | None]) -> None:
+    """Makes ``BackendType.<name>`` exist: workers with options of type ``options``, whose messages go through what
+    ``make_detour(options)`` returns. Harmless when repeated."""
+    _variants[name] = _Variant(options, make_detour)
+    if not backend_registry.backend_registered(name):
+        _register_backend(name, partial(_construct_options, options), partial(_init_worker, name))
 
 
 def replace_tensorpipe() -> None:
@@ -89,7 +110,7 @@ def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:
     """torch's ``init_backend``. For other backends it first makes the two calls of torch's that were only recorded."""
     if _process.replace_tensorpipe and backend.name == "TENSORPIPE":
         backend = backend_registry.BackendType[NAME]
-    if backend.name != NAME:
+    if backend.name not in _variants:
         if _process.autograd_rank is not None:
             torch_bindings.original("_init")(_process.autograd_rank)
         if _process.profiler_node is not None:
@@ -97,21 +118,19 @@ def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:
     return torch_bindings.original("init_backend")(backend, *args, **kwargs)
 
 
-def _construct_options(rpc_timeout: float, init_method: str, **kwargs: Any) -> ZmqRpcBackendOptions:
-    return ZmqRpcBackendOptions(rpc_timeout=rpc_timeout, init_method=init_method, **kwargs)
+def _construct_options(
+    options: type[ZmqRpcBackendOptions], rpc_timeout: float, init_method: str, **kwargs: Any
+) -> ZmqRpcBackendOptions:
+    return options(rpc_timeout=rpc_timeout, init_method=init_method, **kwargs)
 
 
-def _init_zmq(store: dist.Store, name: str, rank: int, world_size: int | None, rpc_backend_options: rpc.RpcBackendOptions) -> Any:
-    """Starts a worker and returns its agent, as ``init_rpc`` expects of a backend."""
+def _init_worker(
+    backend: str, store: dist.Store, name: str, rank: int, world_size: int | None, rpc_backend_options: rpc.RpcBackendOptions
+) -> Any:
+    """Starts a worker of the variant ``backend`` and returns its agent, as ``init_rpc`` expects of a backend."""
     if not isinstance(store, dist.Store):
         raise InvalidTypeError(f"`store` must be a c10d::Store. {store}")
-    if isinstance(rpc_backend_options, rpc.TensorPipeRpcBackendOptions):
-        rpc_backend_options = ZmqRpcBackendOptions.from_tensorpipe(rpc_backend_options)
-    if not isinstance(rpc_backend_options, ZmqRpcBackendOptions):
-        raise InvalidTypeError(
-            "`rpc_backend_options` must be a `ZmqRpcBackendOptions` or a `TensorPipeRpcBackendOptions`, but got "
-            f"{type(rpc_backend_options).__qualname__}"
-        )
+    options = _own_options(backend, rpc_backend_options)
     if not world_size:
         raise InvalidOptionError(
             "world_size must be given: this release of zmqagent runs groups whose workers are all known when they start"
@@ -120,4 +139,24 @@ def _init_zmq(store: dist.Store, name: str, rank: int, world_size: int | None, r
         raise InvalidOptionError(
             f"rank {rank} of worker {name!r} lies outside 0 to {world_size - 1}, the ranks of a group of {world_size}"
         )
-    return Worker.start(store, name, rank, world_size, rpc_backend_options).agent
+    return Worker.start(store, name, rank, world_size, options, _variants[backend].make_detour(options)).agent
+
+
+def _own_options(backend: str, given: rpc.RpcBackendOptions) -> ZmqRpcBackendOptions:
+    """``given``, or what it means here, as options of the variant ``backend``."""
+    wanted = _variants[backend].options
+    if isinstance(given, rpc.TensorPipeRpcBackendOptions):
+        return wanted.from_tensorpipe(given)
+    if not isinstance(given, wanted):
+        raise InvalidTypeError(
+            f"`rpc_backend_options` must be a `{wanted.__name__}` or a `TensorPipeRpcBackendOptions`, but got "
+            f"{type(given).__qualname__}"
+        )
+    for name, variant in _variants.items():
+        # What only another variant heeds would be passed over in silence.
+        if variant.options is not wanted and issubclass(variant.options, wanted) and isinstance(given, variant.options):
+            raise InvalidTypeError(
+                f"`rpc_backend_options` is a `{type(given).__qualname__}`, which is for backend=rpc.BackendType.{name}, and the "
+                f"backend is {backend}"
+            )
+    return given

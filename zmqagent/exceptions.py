@@ -27,7 +27,8 @@
         ├── RemoteUserError                  25  a user function's exception that cannot be rebuilt here
         ├── RRefCreationError                26  the remote() that was to create an RRef failed
         ├── RemoteBackwardError              27  a backward pass failed on some worker
-        └── InterruptedCallError             28  ^C ended the wait for the answer
+        ├── InterruptedCallError             28  ^C ended the wait for the answer
+        └── SendFailedError (ConnectionError) 30 a message could not be sent just now
 
 Every class is a ``RuntimeError``, which is what torch's own agent raises; where torch's Python layer raises something more
 precise, the class is that too. ``code`` names the class on the wire, so that an error raised by a peer's agent arrives as the
@@ -61,6 +62,7 @@ __all__ = [
     "RpcError",
     "RpcTimeoutError",
     "ScriptError",
+    "SendFailedError",
     "ShutdownError",
     "UnknownWorkerError",
     "UnreadableCallError",
@@ -213,6 +215,12 @@ class InterruptedCallError(RemoteError):
     """^C ended the wait for the answer."""
 
     code = 28
+
+
+class SendFailedError(RemoteError, ConnectionError):
+    """A message could not be sent just now, and nothing of it has left; another try may succeed."""
+
+    code = 30
 
 
 def _subclasses(cls: type[RpcError]) -> list[type[RpcError]]:

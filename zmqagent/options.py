@@ -18,6 +18,7 @@ from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 
 if TYPE_CHECKING:
     from torch.distributed.rpc import TensorPipeRpcBackendOptions
+    from typing_extensions import Self
 
 __all__ = ["DeviceLike", "TransportName", "ZmqRpcBackendOptions"]
 
@@ -70,7 +71,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self.bind_address = bind_address
 
     @classmethod
-    def from_tensorpipe(cls, options: TensorPipeRpcBackendOptions) -> ZmqRpcBackendOptions:
+    def from_tensorpipe(cls, options: TensorPipeRpcBackendOptions) -> Self:
         """The same threads, timeout, meeting point, maps and devices; TensorPipe's transports and channels have no counterpart.
 
         Raises:

@@ -16,6 +16,7 @@ from torch.distributed.rpc import api
 
 from zmqagent import torch_bindings
 from zmqagent.agent.agent import ZmqRpcAgent
+from zmqagent.agent.detour import Detour
 from zmqagent.agent.membership import check_group, check_name, check_worker_id
 from zmqagent.agent.rendezvous import Rendezvous
 from zmqagent.autograd.container import DistAutogradContainer
@@ -53,8 +54,16 @@ class Worker:
         self._callback = RpcRequestCallback(agent, messenger, self._contexts, self._engine, self._rrefs)
 
     @classmethod
-    def start(cls, store: dist.Store, name: str, rank: int, world_size: int, options: ZmqRpcBackendOptions) -> Worker:
-        """Finds the group through ``store`` and starts to serve it.
+    def start(
+        cls,
+        store: dist.Store,
+        name: str,
+        rank: int,
+        world_size: int,
+        options: ZmqRpcBackendOptions,
+        detour: Detour | None = None,
+    ) -> Worker:
+        """Finds the group through ``store`` and starts to serve it. What it sends goes through ``detour``, if there is one.
 
         Raises:
             RendezvousError: somebody did not come in time, or could not join.
@@ -76,7 +85,7 @@ class Worker:
             me = describe_self(name, WorkerId(rank), incarnation, transport.addresses)
             records = rendezvous.records(me)
             check_group(records, world_size)
-            worker = cls(ZmqRpcAgent(me, transport, options))
+            worker = cls(ZmqRpcAgent(me, transport, options, detour))
         except BaseException:
             transport.close(linger=0)
             raise

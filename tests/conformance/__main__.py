@@ -21,7 +21,7 @@ from tests.conformance.exclusions import KNOWN_FAILURES, NOT_APPLICABLE
 from tests.conformance.fixtures import BACKENDS, ZmqFixture
 from tests.conformance.process import Outcome, RunningTest
 from tests.conformance.report import Report
-from tests.conformance.suites import FAULTY_SUITES, SUITES, test_names
+from tests.conformance.suites import SUITES, test_names
 
 _POLL_S = 0.1
 
@@ -37,15 +37,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="F", type=Path, help="write all outcomes there")
     parser.add_argument("--logs", metavar="DIR", type=Path, default=Path("conformance-logs"), help="of failures (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the tests instead of running them")
-    arguments = parser.parse_args()
-    if arguments.backend == "ZMQ" and FAULTY_SUITES.keys() & (arguments.suite or ()):
-        parser.error(f"ZMQ has no agent that injects faults: {', '.join(FAULTY_SUITES)} run on TENSORPIPE only")
-    return arguments
+    return parser.parse_args()
 
 
 def _select(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    default = [name for name in SUITES if arguments.backend == "TENSORPIPE" or name not in FAULTY_SUITES]
-    tests = [(suite, test) for suite in arguments.suite or default for test in test_names(suite)]
+    tests = [(suite, test) for suite in arguments.suite or SUITES for test in test_names(suite)]
     return [pair for pair in tests if arguments.only is None or arguments.only.search(".".join(pair))]
 
 
@@ -73,7 +69,7 @@ def main() -> int:
         print("\n".join(".".join(pair) for pair in tests) or "no test matches", flush=True)
         return 0 if tests else 2
     if arguments.backend == "ZMQ":
-        importlib.import_module("zmqagent")  # Once, so that no rank has to.
+        importlib.import_module("zmqagent.testing")  # Once, so that no rank has to.
         ZmqFixture.transport = arguments.transport
     excluded = NOT_APPLICABLE.get(arguments.backend, {})
     report = Report(arguments.backend, KNOWN_FAILURES.get(arguments.backend, {}), len(tests))

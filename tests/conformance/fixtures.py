@@ -63,8 +63,10 @@ class ZmqFixture(ForkedRanks, RpcAgentTestFixture):
     def rpc_backend_options(self) -> Any:
         import zmqagent
 
-        chosen = {} if self.transport is None else {"transport": self.transport}
-        return zmqagent.ZmqRpcBackendOptions(init_method=self.init_method, **chosen)
+        return zmqagent.ZmqRpcBackendOptions(init_method=self.init_method, **self._chosen())
+
+    def _chosen(self) -> dict[str, Any]:
+        return {} if self.transport is None else {"transport": self.transport}
 
     def get_shutdown_error_regex(self) -> str:
         return ".*"
@@ -73,21 +75,57 @@ class ZmqFixture(ForkedRanks, RpcAgentTestFixture):
         return "RPC ran for more than"
 
 
+class FaultyZmqFixture(ZmqFixture):
+    """The agent of this package with injected faults. A test says which by torch's `dist_init`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # What torch's own fixture fails and delays where a test does not say.
+        self._messages_to_fail = [
+            "RREF_FORK_REQUEST",
+            "RREF_CHILD_ACCEPT",
+            "RREF_USER_DELETE",
+            "CLEANUP_AUTOGRAD_CONTEXT_REQ",
+        ]
+        self._messages_to_delay = {"PYTHON_CALL": 1.5, "SCRIPT_CALL": 1.5}
+
+    @property
+    def rpc_backend(self) -> Any:
+        return rpc.backend_registry.BackendType["FAULTY_ZMQ"]
+
+    @property
+    def rpc_backend_options(self) -> Any:
+        from zmqagent.testing import FaultyZmqRpcBackendOptions
+
+        return FaultyZmqRpcBackendOptions(
+            init_method=self.init_method,
+            num_worker_threads=8,
+            num_fail_sends=3,
+            messages_to_fail=self._messages_to_fail,
+            messages_to_delay=self._messages_to_delay,
+            **self._chosen(),
+        )
+
+    def setup_fault_injection(self, faulty_messages: list[str] | None, messages_to_delay: dict[str, float] | None) -> None:
+        if faulty_messages is not None:
+            self._messages_to_fail = faulty_messages
+        if messages_to_delay is not None:
+            self._messages_to_delay = messages_to_delay
+
+
 BACKENDS = ("ZMQ", "TENSORPIPE")
 
 
 def fixture_for(backend: str, *, faulty: bool = False) -> type[RpcAgentTestFixture]:
     """The fixture of a backend, or of its variant that injects faults."""
-    if backend == "ZMQ" and not faulty:
-        return ZmqFixture
-    if backend == "TENSORPIPE" and not faulty:
+    if backend == "ZMQ":
+        return FaultyZmqFixture if faulty else ZmqFixture
+    if not faulty:
         return TensorPipeFixture
-    if backend == "TENSORPIPE":
-        # Imported late: it registers a backend, which remakes the enum of all backends.
-        from torch.testing._internal.distributed.rpc.faulty_rpc_agent_test_fixture import FaultyRpcAgentTestFixture
+    # Imported late: it registers a backend, which remakes the enum of all backends.
+    from torch.testing._internal.distributed.rpc.faulty_rpc_agent_test_fixture import FaultyRpcAgentTestFixture
 
-        return type("FaultyTensorPipeFixture", (ForkedRanks, FaultyRpcAgentTestFixture), {})
-    raise ValueError(f"no fixture for backend {backend!r} with faulty={faulty}")
+    return type("FaultyTensorPipeFixture", (ForkedRanks, FaultyRpcAgentTestFixture), {})
 
 
 def redirect_output(path: Path) -> None:

@@ -91,22 +91,25 @@ def _lead_or_serve(
 
 
 @contextlib.contextmanager
-def worker(rank: int, world_size: int, meeting_point: str, *, name: str = "", **options: Any) -> Iterator[None]:
+def worker(
+    rank: int, world_size: int, meeting_point: str, *, name: str = "", backend: str = "ZMQ", **options: Any
+) -> Iterator[None]:
     """A worker of a group that meets at ``meeting_point``, shut down together with the others if the body does not raise.
 
     Leaked RRefs are errors.
     """
     import torch.distributed.rpc as rpc
 
-    import zmqagent
+    import zmqagent  # noqa: F401
 
     rpc.api._ignore_rref_leak = False
+    chosen = rpc.BackendType[backend]
     rpc.init_rpc(
         name or f"worker{rank}",
-        backend=rpc.BackendType.ZMQ,
+        backend=chosen,
         rank=rank,
         world_size=world_size,
-        rpc_backend_options=zmqagent.ZmqRpcBackendOptions(init_method=meeting_point, **options),
+        rpc_backend_options=rpc.backend_registry.construct_rpc_backend_options(chosen, init_method=meeting_point, **options),
     )
     yield
     rpc.shutdown()

@@ -89,8 +89,8 @@ def test_default_options_are_ours() -> None:
 def test_tensorpipes_options_are_accepted(started: list[tuple[Any, ...]], tmp_path: Any) -> None:
     with pytest.raises(_Started):
         _init(rpc.BackendType.ZMQ, tmp_path, rpc.TensorPipeRpcBackendOptions(num_worker_threads=3, rpc_timeout=2))
-    ((_, name, rank, world_size, options),) = started
-    assert (name, rank, world_size) == ("w", 0, 1)
+    ((_, name, rank, world_size, options, detour),) = started
+    assert (name, rank, world_size, detour) == ("w", 0, 1, None)
     assert isinstance(options, zmqagent.ZmqRpcBackendOptions)
     assert (options.num_worker_threads, options.rpc_timeout) == (3, 2.0)
 
@@ -116,4 +116,4 @@ def test_tensorpipe_can_be_replaced(started: list[tuple[Any, ...]], tmp_path: An
     backend.replace_tensorpipe()
     with pytest.raises(_Started):
         _init(TENSORPIPE, tmp_path, rpc.TensorPipeRpcBackendOptions(rpc_timeout=5))
-    assert started[0][-1].rpc_timeout == 5.0
+    assert started[0][4].rpc_timeout == 5.0

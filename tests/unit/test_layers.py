@@ -32,6 +32,7 @@ BELOW: dict[str, set[str]] = {
     "worker": {"torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
     "backend": {"worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
     "__init__": {"backend", "worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
+    "testing": {"backend", "agent", "transport", "wire"},
     "cli": {"__init__", "backend", "worker", "torch_bindings", "rpc", "autograd", "rref", "agent", "transport", "wire"},
     "__main__": {"cli"},
 }
@@ -55,6 +56,8 @@ PURE = {
     "rref/protocol.py",
     "rref/users.py",
     "autograd/plan.py",
+    "testing/faults.py",
+    "testing/options.py",
 }
 """Files without sockets, threads, clock and randomness: those come in as events, arguments and instructions."""
 

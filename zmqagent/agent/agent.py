@@ -22,6 +22,7 @@ import torch
 from torch.distributed.rpc import WorkerInfo
 
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, Reply, RequestCallback, Respond
+from zmqagent.agent.detour import Detour
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.group import Group
@@ -59,15 +60,16 @@ class ZmqRpcAgent:
         me: this worker's record, as the others know it.
         transport: bound, not used by anybody else; closed by `shutdown`.
         options: of this worker.
+        detour: what its messages go through on their way out, if anything; closed by `shutdown`.
     """
 
-    def __init__(self, me: PeerRecord, transport: Transport, options: ZmqRpcBackendOptions) -> None:
+    def __init__(self, me: PeerRecord, transport: Transport, options: ZmqRpcBackendOptions, detour: Detour | None = None) -> None:
         self._me = me
         self._info = WorkerInfo(me.name, me.worker_id)
         self._transport = transport
         self._options = options
         self._rpc_timeout = float(options.rpc_timeout)
-        self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer))
+        self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer), detour)
         self._group = Group(
             me,
             transport,

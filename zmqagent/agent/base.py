@@ -63,7 +63,7 @@ class Requester(Protocol):
 
         Raises:
             RpcError: a fault found before anything was accepted (unknown worker, device without a map, shutdown); then
-                ``on_reply`` never runs.
+                ``on_reply`` never runs. `SendFailedError` is one only without ``retry``: with it, a later try may succeed.
         """
 
 

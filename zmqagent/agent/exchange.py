@@ -20,10 +20,11 @@ from typing import Any
 from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
+from zmqagent.agent.detour import Detour
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.gil import GilProfiler
 from zmqagent.agent.served import Served
-from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, ShutdownError, error_class
+from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, SendFailedError, ShutdownError, error_class
 from zmqagent.transport.base import PeerRecord, Transport
 from zmqagent.wire.commands import Failure, parse
 from zmqagent.wire.frames import Envelope, decode
@@ -66,11 +67,20 @@ class Exchange:
         transport: moves frames.
         serve: what requests are handed to.
         on_unused: what answers are handed to that nobody takes.
+        detour: what messages go through on their way out, if anything; closed by `close`.
     """
 
-    def __init__(self, me: PeerRecord, transport: Transport, serve: RequestCallback, on_unused: OnUnusedAnswer) -> None:
+    def __init__(
+        self,
+        me: PeerRecord,
+        transport: Transport,
+        serve: RequestCallback,
+        on_unused: OnUnusedAnswer,
+        detour: Detour | None = None,
+    ) -> None:
         self._me = me
         self._transport = transport
+        self._detour = detour
         self._serve = serve
         self._on_unused = on_unused
         self._codec = Codec(me.worker_id, me.incarnation)
@@ -127,8 +137,11 @@ class Exchange:
         try:
             self._send(to, frames)
         except BaseException as error:
+            if retry and isinstance(error, SendFailedError):
+                # As good as lost on its way, and the next try is due in any case.
+                _logger.debug("a try to send a %s to worker %d failed: %s", message.type.name, to, error)
             # A call that has failed meanwhile tells of it by its callback, and must not do so twice.
-            if self._withdraw(call_id) or not isinstance(error, RpcError):
+            elif self._withdraw(call_id) or not isinstance(error, RpcError):
                 raise
         if is_earlier:
             self._transport.wake()
@@ -139,6 +152,12 @@ class Exchange:
         self._send(peer.worker_id, self._codec.encode(message, number, peer.incarnation))
 
     def _send(self, to: WorkerId, frames: list[Any]) -> None:
+        if self._detour is None:
+            self._deliver(to, frames)
+        else:
+            self._detour.send(to, frames, self._deliver)
+
+    def _deliver(self, to: WorkerId, frames: list[Any]) -> None:
         if to != self._me.worker_id:
             self._transport.send(to, frames)
             return
@@ -175,6 +194,8 @@ class Exchange:
             self._closed_for = reason
             return self._calls.closed(reason)
 
+        if self._detour is not None:
+            self._detour.close()
         for task in self._step(step):
             task()
 

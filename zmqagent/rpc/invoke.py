@@ -17,7 +17,15 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, ScriptError, UnreadableCallError, WorkerLostError
+from zmqagent.exceptions import (
+    ProtocolError,
+    RpcError,
+    RRefCreationError,
+    ScriptError,
+    SendFailedError,
+    UnreadableCallError,
+    WorkerLostError,
+)
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
@@ -166,7 +174,7 @@ class Invoker:
 
         try:
             self._messenger.send(to, message, settle, timeout=timeout, attach_always=attach_always)
-        except WorkerLostError as error:
+        except (WorkerLostError, SendFailedError) as error:
             # No fault of the caller's: it learns of it where it would learn of a loss a moment later.
             call.forks.cancel()
             on_reply(error)
@@ -217,13 +225,16 @@ class Invoker:
         return _PickledCall(Pickled(pickled, (), tensors), self._rrefs.pickled_without_scope())
 
     def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
+        # First, since an RRef that cannot be pickled at all has a complaint of its own.
+        call = _pickle(self._rrefs, (args, kwargs))
         if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):
+            call.forks.cancel()
             raise ScriptError(
                 f"the TorchScript function {name} takes an RRef, but TorchScript runs in C++, which knows only RRefs of torch's "
                 "own agent. Call a Python function, and have it fetch the value (to_here, local_value) and call the TorchScript "
                 "function."
             )
-        return _pickle(self._rrefs, (args, kwargs))
+        return call
 
     def _worker(self, name: str) -> WorkerInfo:
         info: WorkerInfo = torch.distributed.rpc.get_worker_info(name)

@@ -23,7 +23,7 @@ from torch.distributed.rpc.rref_proxy import RRefProxy
 from torch.futures import Future
 
 from zmqagent.agent.base import UNSET_TIMEOUT
-from zmqagent.exceptions import BackwardError, RpcTimeoutError, RRefUsageError
+from zmqagent.exceptions import BackwardError, RpcError, RpcTimeoutError, RRefUsageError
 from zmqagent.rref.forks import receive_rref
 from zmqagent.rref.users import UserState
 from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
@@ -41,7 +41,18 @@ class OwnerRRef:
     ``created`` is False as long as this worker has only heard of the RRef, and its ``remote`` call has not arrived.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_error", "_lock", "_ready", "_value", "created", "owner", "rref_id")
+    __slots__ = (
+        "__weakref__",
+        "_callbacks",
+        "_creation_failed",
+        "_error",
+        "_lock",
+        "_ready",
+        "_value",
+        "created",
+        "owner",
+        "rref_id",
+    )
 
     def __init__(self, owner: WorkerId, rref_id: RRefId, *, created: bool) -> None:
         self.owner = owner
@@ -53,6 +64,7 @@ class OwnerRRef:
         self._callbacks: list[OnReady] = []
         self._value: Any = None
         self._error: BaseException | None = None
+        self._creation_failed = False
 
     def __str__(self) -> str:
         return f"OwnerRRef(rref_id={self.rref_id})"
@@ -67,6 +79,11 @@ class OwnerRRef:
         """What took the value's place, if something did."""
         return self._error
 
+    @property
+    def creation_error(self) -> BaseException | None:
+        """Why the ``remote`` call has failed, if it has: not what its function raised, but why that may never have run."""
+        return self._error if self._creation_failed else None
+
     def set_value(self, value: Any) -> bool:
         """Gives the RRef its value, and tells who waits. False, and nothing changes, if it has a value or an error already."""
         return self._set(value, None)
@@ -74,6 +91,10 @@ class OwnerRRef:
     def set_error(self, error: BaseException) -> bool:
         """Gives the RRef an error in place of a value. False, and nothing changes, if it has a value or an error already."""
         return self._set(None, error)
+
+    def fail_creation(self, error: RpcError) -> None:
+        """Takes note that the ``remote`` call has failed, unless there is a value or an error already."""
+        self._set(None, error, creation_failed=True)
 
     def value(self, timeout: float | None = None) -> Any:
         """The value; waits for it for at most ``timeout`` seconds (None: until it is there, or RPC shuts down).
@@ -100,11 +121,11 @@ class OwnerRRef:
                 return
         callback(self)
 
-    def _set(self, value: Any, error: BaseException | None) -> bool:
+    def _set(self, value: Any, error: BaseException | None, *, creation_failed: bool = False) -> bool:
         with self._lock:
             if self._ready.is_set():
                 return False
-            self._value, self._error = value, error
+            self._value, self._error, self._creation_failed = value, error, creation_failed
             callbacks, self._callbacks = self._callbacks, []
             self._ready.set()
         for callback in callbacks:
@@ -339,6 +360,8 @@ class RRef:
         """Mints a share in this RRef and gives it in torch's form, for a pickle."""
         if isinstance(self._rref, UserRRef):
             self._check_usable(self._rref, "Cannot call fork an UserRRef after deletion.")
+        elif self._rref.creation_error is not None:
+            raise _fresh(self._rref.creation_error)
         return self._home.fork(self._rref)
 
     def __reduce__(self) -> tuple[Callable[[ForkData], Any], tuple[ForkData]]:

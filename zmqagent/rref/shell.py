@@ -133,7 +133,7 @@ class ProtocolShell:
         for send in [i for i in instructions if isinstance(i, Send)]:
             self._send(send)
         for failure in [i for i in instructions if isinstance(i, FailOwner)]:
-            cast(OwnerRRef, failure.owner).set_error(failure.error)
+            cast(OwnerRRef, failure.owner).fail_creation(failure.error)
         for resume in [i for i in instructions if isinstance(i, Resume)]:
             cast(OnConfirmed, resume.token)(resume.error)
         for refusal in [i for i in instructions if isinstance(i, Refuse)]:

@@ -106,6 +106,7 @@ class Transport(ABC):
             WorkerLostError: ``to`` was reported down, or a newer incarnation took its place meanwhile, or none of its addresses
                 can be reached from here.
             InvalidTypeError: a frame is no contiguous buffer.
+            SendFailedError: this worker lacks the means just now; the next message may go out.
             ShutdownError: the transport is closed.
         """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import zmq
 
-from zmqagent.exceptions import InvalidTypeError, RpcError, WorkerLostError
+from zmqagent.exceptions import InvalidTypeError, RpcError, SendFailedError, WorkerLostError
 from zmqagent.transport.base import PeerRecord
 from zmqagent.transport.endpoints import reachable_address
 
@@ -40,6 +40,7 @@ class Link:
             RpcError: of the class that `end` was given.
             InvalidTypeError: there are no frames.
             WorkerLostError: none of the peer's addresses can be reached.
+            SendFailedError: no connection can be made just now.
             TornError: something, such as ^C, broke in between two frames.
         """
         if not parts:
@@ -75,11 +76,24 @@ class Link:
                 f"worker {self.peer.name!r} ({self.peer.worker_id}) cannot be reached from here under any of its addresses "
                 f"({', '.join(self.peer.addresses)}); it has ended, or listens on no TCP address"
             )
+        try:
+            self._socket = self._connect(address)
+        except zmq.ZMQError as error:
+            # Out of sockets or file descriptors, for example.
+            raise SendFailedError(
+                f"worker {self.peer.name!r} ({self.peer.worker_id}) cannot be connected to just now: {error.strerror}"
+            ) from error
+        return self._socket
+
+    def _connect(self, address: str) -> ZmqSocket:
         socket = self._context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.IPV6, int("[" in address))
-        socket.connect(address)
-        self._socket = socket
+        try:
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.IPV6, int("[" in address))
+            socket.connect(address)
+        except BaseException:
+            socket.close(linger=0)
+            raise
         return socket
 
 
