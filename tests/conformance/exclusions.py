@@ -12,6 +12,8 @@ _NAMES_TENSORPIPE = "names TENSORPIPE itself, so that it proves nothing of anoth
 
 NOT_APPLICABLE: dict[str, dict[str, str]] = {
     "ZMQ": {
+        "FaultyAgentDistAutogradTest.test_verify_backend_options": _NAMES_TENSORPIPE,
+        "FaultyAgentRpcTest.test_verify_backend_options": _NAMES_TENSORPIPE,
         "TensorPipeAgentRpcTest.test_infer_backend_from_options": _NAMES_TENSORPIPE,
         "TensorPipeAgentRpcTest.test_mismatched_type_for_options": _NAMES_TENSORPIPE,
     },
@@ -31,6 +33,13 @@ _TORCHSCRIPT_TESTS: dict[str, tuple[str, ...]] = {
         "test_get_gradients",
         "test_jit_fork_within_context",
         "test_restore_context_after_swtich_to_jit_thread",
+    ),
+    "JitFaultyAgentRpcTest": (
+        "test_remote_timeout_to_here_in_jit",
+        "test_rref_timeout_pickle_in_jit",
+        "test_rref_to_here_timeout_in_jit",
+        "test_timeout_in_python",
+        "test_timeout_in_torchscript_function",
     ),
     "JitRpcTest": (
         "test_all_kwargs_are_populated_by_defaults",

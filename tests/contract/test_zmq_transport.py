@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import socket
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from tests.contract.harness import PATIENCE, Worker, introduce, start
 from tests.contract.peer import CHECKOUT, remote_peer
-from zmqagent.exceptions import InvalidOptionError, WorkerLostError
+from zmqagent.exceptions import InvalidOptionError, SendFailedError, WorkerLostError
 from zmqagent.transport import connection_watch
 from zmqagent.transport.base import PeerDown, PeerRecord, PeerSuspected, PeerUp, Received
 from zmqagent.transport.endpoints import MAX_IPC_PATH
@@ -434,3 +436,21 @@ a.transport.close()
 b.transport.close()
 """
     assert run(script) == "b'still there'\n"
+
+
+@pytest.mark.parametrize("fails", ["socket", "connect"])
+def test_without_the_means_for_a_connection_one_send_fails_and_a_later_one_succeeds(
+    make_zmq: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    a, b = make_zmq(0, ipc=True, tcp_host=None), make_zmq(1, ipc=True, tcp_host=None)
+    introduce(a, b)
+
+    def refuse(*_: Any) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zmq.Context if fails == "socket" else zmq.Socket, fails, refuse)
+        with pytest.raises(SendFailedError, match=r"worker 'w1' \(1\) cannot be connected to just now: Too many open files"):
+            a.transport.send(WorkerId(1), [b"x"])
+    a.transport.send(WorkerId(1), [b"y"])
+    assert b.message() == [b"y"]

@@ -11,9 +11,17 @@ import pytest
 
 from zmqagent.agent.base import Reply, Respond
 from zmqagent.agent.codec import Codec
+from zmqagent.agent.detour import Deliver, Detour
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import Executor, Task
-from zmqagent.exceptions import ProtocolError, RpcTimeoutError, ShutdownError, UnknownWorkerError, WorkerLostError
+from zmqagent.exceptions import (
+    ProtocolError,
+    RpcTimeoutError,
+    SendFailedError,
+    ShutdownError,
+    UnknownWorkerError,
+    WorkerLostError,
+)
 from zmqagent.transport.base import Event, Frames, PeerRecord, Transport
 from zmqagent.wire.commands import Ack, Barrier, Failure, Goodbye, Pickled, PythonCall, Return, RRefUserDelete
 from zmqagent.wire.frames import Envelope, decode, encode
@@ -60,12 +68,12 @@ class Recorder(Transport):
 class Side:
     """Alice's exchange; tasks go to ``executor``, which runs nothing until told."""
 
-    def __init__(self) -> None:
+    def __init__(self, detour: Detour | None = None) -> None:
         self.transport = Recorder()
         self.served: list[tuple[WorkerId, Message]] = []
         self.responds: list[Respond] = []
         self.unused: list[Message] = []
-        self.exchange = Exchange(ALICE, self.transport, self.serve, self.unused.append)
+        self.exchange = Exchange(ALICE, self.transport, self.serve, self.unused.append, detour)
         self.executor = Executor(lambda timeout: None, lambda: None, 1, "alice")
         self.exchange.start(self.executor)
         self.replies: SimpleQueue[Reply] = SimpleQueue()
@@ -199,6 +207,28 @@ def test_a_call_that_cannot_be_sent_raises_and_its_callback_never_runs(side: Sid
     assert side.replies.empty()
 
 
+def test_an_idempotent_call_whose_first_try_fails_is_tried_again_in_time(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("zmqagent.agent.exchange.time.monotonic", lambda: now)
+
+    def refuse() -> None:
+        raise SendFailedError("not just now")
+
+    side.transport.on_send = refuse
+    side.ask(DELETE, retry=True)
+    assert side.exchange.active() == (1, 0)
+    with pytest.raises(SendFailedError):
+        side.ask(CALL)
+    side.transport.on_send = None
+    now += 1.0
+    assert side.exchange.tick() == []
+    assert len(side.transport.sent) == 1
+    task = side.take_in(Ack().to_message(), 0)
+    assert task is not None
+    task()
+    assert isinstance(side.replies.get_nowait(), Ack)
+
+
 def test_a_call_whose_worker_is_lost_while_it_is_sent_fails_once(side: Side) -> None:
     def lose() -> None:
         side.exchange.worker_lost(BOB.worker_id, WorkerLostError("gone"))
@@ -329,3 +359,69 @@ def test_a_notice_has_a_number_of_its_own_and_no_answer(side: Side) -> None:
     side.exchange.notify(BOB, Goodbye("done").to_message())
     assert len(side.transport.sent) == 1
     assert side.exchange.active() == (0, 0)
+
+
+class Bend:
+    """A detour that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[WorkerId, list[Any], Deliver]] = []
+        self.is_closed = False
+
+    def send(self, to: WorkerId, frames: list[Any], deliver: Deliver) -> None:
+        self.kept.append((to, frames, deliver))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def bend() -> Bend:
+    return Bend()
+
+
+@pytest.fixture
+def bent(bend: Bend) -> Iterator[Side]:
+    side = Side(bend)
+    yield side
+    side.executor.close()
+
+
+def test_everything_that_is_sent_goes_through_the_detour(bent: Side, bend: Bend, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("zmqagent.agent.exchange.time.monotonic", lambda: now)
+    bent.ask(DELETE, retry=True)
+    now += 1.0
+    bent.exchange.tick()
+    bent.exchange.notify(BOB, Goodbye("done").to_message())
+    task = bent.take_in(CALL, 0)
+    assert task is not None
+    task()
+    bent.responds[0](Ack().to_message())
+    kinds = [decode(frames).type.name for _, frames, _ in bend.kept]
+    assert kinds == ["RREF_USER_DELETE", "RREF_USER_DELETE", "GOODBYE", "RREF_ACK"]
+    assert bent.transport.sent == []
+    to, frames, deliver = bend.kept[2]
+    deliver(to, frames)
+    assert bent.transport.sent == [[memoryview(frame) for frame in frames]]
+
+
+def test_a_call_to_oneself_goes_through_the_detour_too(bent: Side, bend: Bend) -> None:
+    bent.ask(to=ALICE)
+    ((to, frames, deliver),) = bend.kept
+    deliver(to, frames)
+    for task in bent.executor.stop():
+        task()
+    assert bent.served[0][0] == ALICE.worker_id
+
+
+def test_the_time_of_a_call_runs_while_the_detour_keeps_it(bent: Side) -> None:
+    bent.ask(timeout=1e-9)
+    for task in bent.exchange.tick():
+        task()
+    assert isinstance(bent.replies.get_nowait(), RpcTimeoutError)
+
+
+def test_the_detour_ends_with_the_exchange(bent: Side, bend: Bend) -> None:
+    bent.exchange.close(ShutdownError("the end"))
+    assert bend.is_closed

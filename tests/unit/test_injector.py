@@ -28,7 +28,7 @@ class Sender:
     """Sends through an injector, and keeps what gets through, with the thread that brought it."""
 
     def __init__(self, **faults: Any) -> None:
-        self.injector = FaultInjector.following(FaultyZmqRpcBackendOptions(**faults))
+        self.injector = FaultInjector(FaultyZmqRpcBackendOptions(**faults))
         self.delivered: SimpleQueue[tuple[list[Any], threading.Thread]] = SimpleQueue()
 
     def deliver(self, to: WorkerId, frames: list[Any]) -> None:
@@ -106,3 +106,14 @@ def test_a_late_message_whose_peer_is_gone_keeps_no_other_back(senders: list[Sen
         frames = sender.send(FETCH)
         assert sender.delivered.get(timeout=DEADLINE_S)[0] == frames
     assert "a message to worker 1 was late, and could not be sent any more: gone" in caplog.text
+
+
+def test_once_stopped_it_lets_everything_pass_but_what_is_late_stays_late(senders: list[Sender]) -> None:
+    delays = {"PYTHON_RREF_FETCH_CALL": 0.2}
+    senders.append(sender := Sender(num_fail_sends=9, messages_to_fail=["PYTHON_CALL"], messages_to_delay=delays))
+    late = sender.send(FETCH)
+    sender.injector.stop()
+    for message in (CALL, FETCH):
+        frames = sender.send(message)
+        assert sender.delivered.get_nowait()[0] == frames
+    assert sender.delivered.get(timeout=DEADLINE_S)[0] == late

@@ -148,9 +148,18 @@ def test_a_timed_out_call_to_oneself_fails_its_value_for_good(group: Group) -> N
     new = context.new_remote(WorkerId(0))
     context.creation_failed(new.rref_id, new.fork_id, RpcTimeoutError("10 ms"))
     assert not context.create_owner(new.rref_id, new.fork_id).set_value("too late")
-    with pytest.raises(RRefCreationError, match="timed out"):
-        new.rref.to_here()
+    for use in (new.rref.to_here, new.rref._serialize):
+        with pytest.raises(RRefCreationError, match="timed out"):
+            use()
     assert counts(group, 0) == (0, 0, 0, 0)
+
+
+def test_an_rref_whose_function_raised_can_be_given_away_all_the_same(group: Group) -> None:
+    context = group[0].context
+    new = context.new_remote(WorkerId(0))
+    context.create_owner(new.rref_id, new.fork_id).set_error(RRefCreationError("of an RRef that the function used"))
+    context.confirm_remote(new.rref_id, new.fork_id)
+    assert group.share(0, 1, new.rref).owner().id == 0
 
 
 def test_a_creator_that_gave_up_ends_the_fetches_that_wait_for_it(group: Group) -> None:

@@ -10,10 +10,9 @@ what torch's ``FAULTY_TENSORPIPE`` is to TENSORPIPE, and takes the same options 
     rpc.init_rpc("worker0", backend=rpc.BackendType.FAULTY_ZMQ, rank=0, world_size=2, rpc_backend_options=options)
 """
 
-from zmqagent.backend import register_variant
-from zmqagent.testing.injector import FaultInjector
+from zmqagent.testing.backend import register, stop_faults
 from zmqagent.testing.options import FaultyZmqRpcBackendOptions
 
-__all__ = ["FaultyZmqRpcBackendOptions"]
+__all__ = ["FaultyZmqRpcBackendOptions", "stop_faults"]
 
-register_variant("FAULTY_ZMQ", FaultyZmqRpcBackendOptions, FaultInjector.following)
+register()

@@ -11,7 +11,7 @@ from typing import Any
 
 from zmqagent.agent.detour import Deliver
 from zmqagent.exceptions import RpcError, SendFailedError
-from zmqagent.testing.faults import Fail, Faults
+from zmqagent.testing.faults import Fail, Faults, Send
 from zmqagent.testing.options import FaultyZmqRpcBackendOptions
 from zmqagent.wire.commands import ForwardAutograd, parse
 from zmqagent.wire.frames import decode
@@ -26,34 +26,38 @@ _Late = tuple[float, int, WorkerId, list[Any], Deliver]
 
 
 class FaultInjector:
-    """A `zmqagent.agent.detour.Detour`. The sender never waits for a delay: one thread sends what is late."""
+    """A `zmqagent.agent.detour.Detour` for the faults that ``options`` ask for.
 
-    def __init__(self, faults: Faults) -> None:
-        self._faults = faults
+    The sender never waits for a delay: one thread sends what is late.
+    """
+
+    def __init__(self, options: FaultyZmqRpcBackendOptions) -> None:
+        self._faults = Faults(options.num_fail_sends, options.messages_to_fail, options.messages_to_delay)
         # Protects all below and the counts of _faults; notified when the thread has something new to look at.
         self._changed = threading.Condition()
         self._late: list[_Late] = []
         self._numbers = itertools.count()
+        self._is_stopped = False
         self._is_closed = False
         # Runs _send_late from the first delayed message on, until `close`. A daemon: a process that never shuts down can end.
         self._thread: threading.Thread | None = None
-
-    @classmethod
-    def following(cls, options: FaultyZmqRpcBackendOptions) -> FaultInjector:
-        """Injects the faults that ``options`` ask for."""
-        return cls(Faults(options.num_fail_sends, options.messages_to_fail, options.messages_to_delay))
 
     def send(self, to: WorkerId, frames: list[Any], deliver: Deliver) -> None:
         """See `zmqagent.agent.detour.Detour.send`."""
         message = _innermost(frames)
         with self._changed:
-            verdict = self._faults.judge(to, message)
+            verdict = Send(0.0) if self._is_stopped else self._faults.judge(to, message)
             if isinstance(verdict, Fail):
                 raise SendFailedError(verdict.text)
             if verdict.delay:
                 self._hold_back((time.monotonic() + verdict.delay, next(self._numbers), to, frames, deliver))
                 return
         deliver(to, frames)
+
+    def stop(self) -> None:
+        """Injects no more faults. What is held back already leaves when its time has come."""
+        with self._changed:
+            self._is_stopped = True
 
     def close(self) -> None:
         """See `zmqagent.agent.detour.Detour.close`."""
