@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["KNOWN_FAILURES", "NOT_APPLICABLE"]
 
-_NAMES_TENSORPIPE = "names TENSORPIPE itself, so that it proves nothing of another backend"
+_NAMES_TENSORPIPE = "names TENSORPIPE (or FAULTY_TENSORPIPE) itself, so that it proves nothing of another backend"
 
 NOT_APPLICABLE: dict[str, dict[str, str]] = {
     "ZMQ": {

@@ -77,7 +77,7 @@ class Faults:
 
     Args:
         num_fail_sends: how many attempts to send one message fail before one succeeds. Messages to one worker that are equal in
-            everything but tensors and numbers drawn for each sending are one message.
+            everything but tensors and other buffers are one message.
         messages_to_fail: the types of the messages that fail, by torch's names.
         messages_to_delay: by torch's names, how many seconds messages are held back, once they do not fail any more. Of several
             names for one type here, the longest delay counts.

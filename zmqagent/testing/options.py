@@ -25,7 +25,7 @@ class FaultyZmqRpcBackendOptions(ZmqRpcBackendOptions):
 
     Args:
         num_fail_sends: how many attempts to send one message fail before one succeeds. Calls of the same function with the same
-            arguments, tensors apart, to one worker are one message.
+            arguments, tensors and arrays apart, to one worker are one message.
         messages_to_fail: the types of the messages that fail, by torch's names.
         messages_to_delay: by torch's names, after how many seconds messages leave. A call's timeout runs meanwhile.
         **options: those of `ZmqRpcBackendOptions`.
