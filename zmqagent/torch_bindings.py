@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch.distributed.rpc import api
 
+from zmqagent.script_operators import NAMESPACE
+
 __all__ = [
     "FUNCTIONS",
     "METHODS",
+    "OPERATORS",
     "SWAPS",
     "activate",
     "deactivate",
@@ -111,6 +114,12 @@ SWAPS: tuple[Seam, ...] = (
 )
 """Objects that are no plain functions: replaced while an agent of this package runs, and put back afterwards."""
 
+OPERATORS: Mapping[str, str] = {
+    "backward": f"{NAMESPACE}::dist_backward",
+    "get_gradients": f"{NAMESPACE}::get_gradients",
+}
+"""`Seam.key` -> the operator that stands for the function in a script; torch's own know only torch's own contexts."""
+
 # Protects the five tables below while they change. Dispatchers read _replacements without it: one look-up in one dict, which
 # is replaced whole and never changed in place.
 _lock = threading.Lock()
@@ -156,6 +165,9 @@ def uninstall() -> None:
         if not _originals:
             return
         installed = {id(getattr(seam.holder(), seam.name)): _originals[seam.key] for seam in FUNCTIONS}
+        for number in installed:
+            # The id may be another function's soon.
+            torch.jit._builtins._get_builtin_table().pop(number, None)
         _rebind(installed)
         for seam in METHODS:
             if seam in _shadowed:
@@ -221,13 +233,11 @@ def _dispatcher(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tell_compiler(dispatchers: Mapping[int, tuple[str, Any]]) -> None:
-    """TorchScript's compiler knows some of the functions by their ids; it is to know the dispatchers by theirs as well, for
-    scripts that run on torch's own agent. A table that is not made yet will hold them anyway."""
-    known = torch.jit._builtins._builtin_table
-    if known is not None:
-        for number, (_, dispatcher) in dispatchers.items():
-            if number in known:
-                torch.jit._builtins._register_builtin(dispatcher, known[number])
+    """TorchScript's compiler knows some of the functions by their ids; it is to know the dispatchers by theirs as well."""
+    known = torch.jit._builtins._get_builtin_table()
+    for number, (key, dispatcher) in dispatchers.items():
+        if number in known:
+            known[id(dispatcher)] = OPERATORS.get(key, known[number])
 
 
 def _rebind(replacements: Mapping[int, Any]) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from zmqagent.autograd.leaves import LeafQueues, gradients_in_place
+from zmqagent.autograd.leaves import LeafQueues, gradients_in_place, memory_of_their_own
 
 
 def leaf(value: float = 1.0) -> Tensor:
@@ -87,3 +88,67 @@ def test_a_thread_that_holds_leaves_may_hold_them_again() -> None:
     with queues.hold([one, two]), queues.hold([two]):
         pass
     assert queues._queues == {}
+
+
+class _Both(torch.autograd.Function):
+    """Gives both inputs the same gradient: the same tensor, or two tensors on the same memory."""
+
+    came_in = 0
+    same_tensor = False
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, two: Tensor) -> Tensor:
+        return one + two
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        _Both.came_in = gradient.data_ptr()
+        return gradient, gradient if _Both.same_tensor else gradient.data
+
+
+def gradients_after(passes: int, *leaves: Tensor, root: Tensor) -> list[Tensor]:
+    """The leaves' gradients after some passes from ``root``."""
+    nodes = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves]
+    # What flows into the root is made by the graph: of a gradient from outside the caller holds a reference.
+    loss = (root * 3).sum()
+    for _ in range(passes):
+        with memory_of_their_own(nodes):
+            torch.autograd.backward([loss], inputs=list(leaves), retain_graph=True)
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def test_two_leaves_never_share_the_memory_of_their_gradients() -> None:
+    one, two, third = leaf(), leaf(), leaf()
+    first, second, other = gradients_after(2, one, two, third, root=_Both.apply(one, two) + third * 2)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    assert [first.item(), second.item(), other.item()] == [6.0, 6.0, 12.0]
+
+
+def test_one_tensor_for_two_leaves_is_copied_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Both, "same_tensor", True)
+    one, two = leaf(), leaf()
+    first, second = gradients_after(1, one, two, root=_Both.apply(one, two))
+    assert len({first.data_ptr(), second.data_ptr(), _Both.came_in}) == 3
+
+
+def test_gradients_that_share_nothing_are_taken_over_uncopied() -> None:
+    seen: list[int] = []
+    one, two = leaf(), leaf()
+    one_out, two_out = one.clone(), two.clone()
+    for out in (one_out, two_out):
+        out.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    first, second = gradients_after(1, one, two, root=one_out * 2 + two_out * 3)
+    assert {first.data_ptr(), second.data_ptr()} == set(seen)
+
+
+def test_no_hook_stays_on_a_leaf() -> None:
+    one, two = leaf(), leaf()
+    nodes = [torch.autograd.graph.get_gradient_edge(x).node for x in (one, two)]
+    with memory_of_their_own(nodes):
+        pass
+    one.grad = two.grad = None
+    (_Both.apply(one, two) * 3).sum().backward()
+    assert one.grad is not None
+    assert two.grad is not None
+    assert one.grad.untyped_storage().data_ptr() == two.grad.untyped_storage().data_ptr()

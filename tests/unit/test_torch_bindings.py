@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 
 import zmqagent.backend
 from zmqagent import torch_bindings
-from zmqagent.torch_bindings import FUNCTIONS, METHODS, SWAPS, Seam
+from zmqagent.torch_bindings import FUNCTIONS, METHODS, OPERATORS, SWAPS, Seam
 
 MISSING = object()
 
@@ -106,3 +108,42 @@ def test_only_rref_itself_is_taken_and_a_users_subclass_keeps_its_type(torchs_ow
     torch_bindings.install({})
     torch_bindings.activate({"RRef.__new__": lambda cls, *args: ("ours", cls, args)})
     assert rpc.RRef(5) == ("ours", rpc.RRef, (5,))
+
+
+# What scripts are compiled to.
+
+
+@pytest.mark.parametrize("key", OPERATORS)
+def test_the_compiler_takes_our_operator_for_a_function_and_forgets_it_again(torchs_own: None, key: str) -> None:
+    own = getattr(dist_autograd, key)
+    torchs_operator = torch.jit._builtins._find_builtin(own)
+    torch_bindings.install({})
+    dispatcher = getattr(dist_autograd, key)
+    assert torch.jit._builtins._find_builtin(dispatcher) == OPERATORS[key]
+    torch_bindings.uninstall()
+    assert torch.jit._builtins._find_builtin(dispatcher) is None
+    assert torch.jit._builtins._find_builtin(getattr(dist_autograd, key)) == torchs_operator
+
+
+def test_a_script_compiled_before_a_worker_runs_calls_the_workers_functions(torchs_own: None) -> None:
+    torch_bindings.install({})
+
+    @torch.jit.script
+    def gradients(context_id: int) -> dict[torch.Tensor, torch.Tensor]:
+        return dist_autograd.get_gradients(context_id)
+
+    @torch.jit.script
+    def backward(context_id: int, root: torch.Tensor) -> None:
+        dist_autograd.backward(context_id, [root], retain_graph=True)
+
+    leaf = torch.ones(1, requires_grad=True)
+    calls: list[Any] = []
+    torch_bindings.activate(
+        {
+            "get_gradients": lambda context_id: {leaf: torch.full((1,), float(context_id))},
+            "backward": lambda *args, **kwargs: calls.append((args, kwargs)),
+        }
+    )
+    assert gradients(7)[leaf].item() == 7
+    backward(8, leaf)
+    assert calls == [((8, [leaf]), {"retain_graph": True})]

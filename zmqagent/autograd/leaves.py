@@ -11,11 +11,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["LEAVES", "LeafQueues", "gradients_in_place"]
+__all__ = ["LEAVES", "LeafQueues", "gradients_in_place", "memory_of_their_own"]
 
 
 class _Turn:
@@ -96,3 +98,34 @@ def gradients_in_place(leaves: Sequence[Tensor], gradients: MutableMapping[Tenso
                     gradients.pop(leaf, None)
                 else:
                     gradients[leaf] = gradient
+
+
+@contextmanager
+def memory_of_their_own(nodes: Sequence[Any]) -> Iterator[None]:
+    """Keeps two leaves from getting gradients in the same memory while the body runs the engine.
+
+    An ``AccumulateGrad`` node takes a gradient over, uncopied, if nobody else refers to the tensor. A function may return one
+    tensor, or two on the same memory, for several inputs; what is added to one leaf's gradient later would then show in the
+    other's. So a second gradient in the same memory is held until the end, and its leaf makes a copy. A gradient that shares
+    nothing is taken over as ever.
+
+    Args:
+        nodes: the leaves' ``AccumulateGrad`` nodes, each once.
+    """
+    claimed: set[int] = set()
+    held: list[Tensor] = []
+
+    def claim(gradients: tuple[Tensor | None, ...]) -> None:
+        (gradient,) = gradients
+        if gradient is None or gradient.layout != torch.strided:
+            return
+        memory = gradient.untyped_storage().data_ptr()
+        if memory in claimed:
+            held.append(gradient)
+        claimed.add(memory)
+
+    with ExitStack() as hooks:
+        if len(nodes) > 1:
+            for node in nodes:
+                hooks.enter_context(node.register_prehook(claim))
+        yield

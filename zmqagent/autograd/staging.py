@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from zmqagent.autograd.functions import RECV_NODE, NoGradient
-from zmqagent.autograd.leaves import gradients_in_place
+from zmqagent.autograd.leaves import gradients_in_place, memory_of_their_own
 from zmqagent.autograd.plan import Edge, Node, Plan, Stage
 from zmqagent.autograd.stepping import add, run_node, run_recv, stepping_on
 
@@ -125,7 +125,7 @@ class StagedGraph:
                 flowing.append(torch.zeros_like(source))
         self._sums.clear()
         variables = list({id(leaf.variable): leaf.variable for leaf in self._plan.leaves}.values())
-        with gradients_in_place(variables, self._gradients):
+        with gradients_in_place(variables, self._gradients), memory_of_their_own(self._plan.leaves):
             if starts and ends:
                 torch.autograd.backward(starts, flowing, retain_graph=self._retain_graph, inputs=ends)
 

@@ -17,23 +17,15 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import (
-    ProtocolError,
-    RpcError,
-    RRefCreationError,
-    ScriptError,
-    SendFailedError,
-    UnreadableCallError,
-    WorkerLostError,
-)
+from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, UnreadableCallError, WorkerLostError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.results import complete
+from zmqagent.rpc.scripts import check_arguments
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.forks import Forks
-from zmqagent.rref.rref import RRef
 from zmqagent.wire.commands import (
     Pickled,
     PythonCall,
@@ -227,13 +219,11 @@ class Invoker:
     def _script_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _PickledCall:
         # First, since an RRef that cannot be pickled at all has a complaint of its own.
         call = _pickle(self._rrefs, (args, kwargs))
-        if any(isinstance(value, RRef) for value in (*args, *kwargs.values())):
+        try:
+            check_arguments(name, args, kwargs, hold_rrefs=len(call.forks) > 0)
+        except BaseException:
             call.forks.cancel()
-            raise ScriptError(
-                f"the TorchScript function {name} takes an RRef, but TorchScript runs in C++, which knows only RRefs of torch's "
-                "own agent. Call a Python function, and have it fetch the value (to_here, local_value) and call the TorchScript "
-                "function."
-            )
+            raise
         return call
 
     def _worker(self, name: str) -> WorkerInfo:

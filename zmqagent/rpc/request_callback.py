@@ -20,6 +20,7 @@ from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import CalleeError, RpcError, UnreadableCallError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.scripts import check_returns_future
 from zmqagent.rpc.thread_state import clean_state
 from zmqagent.rpc.user_code import on_result, resolve_script_function, run_script
 from zmqagent.rref.context import RRefContext
@@ -109,7 +110,7 @@ class RpcRequestCallback:
         self._run(request, self._load_function, call.body, call.is_async, partial(self._answer, request))
 
     def _script_call(self, request: _Request, call: ScriptCall) -> None:
-        load = partial(self._load_script, call.name, call.is_builtin)
+        load = partial(self._load_script, call)
         self._run(request, load, call.body, call.is_async, partial(self._answer, request))
 
     def _python_remote_call(self, request: _Request, call: PythonRemoteCall) -> None:
@@ -118,7 +119,7 @@ class RpcRequestCallback:
 
     def _script_remote_call(self, request: _Request, call: ScriptRemoteCall) -> None:
         keep = partial(self._keep, request, call.rref_id, call.fork_id)
-        self._run_remote(request, partial(self._load_script, call.name, call.is_builtin), call, keep)
+        self._run_remote(request, partial(self._load_script, call), call, keep)
 
     def _run_remote(
         self,
@@ -169,10 +170,14 @@ class RpcRequestCallback:
             raise CalleeError(f"a call carries a function and its arguments, but a {type(udf).__qualname__} arrived")
         return partial(udf.func, *udf.args, **udf.kwargs)
 
-    def _load_script(self, name: str, is_builtin: bool, body: Pickled) -> Callable[[], Any]:
-        function = resolve_script_function(name, is_builtin)
+    def _load_script(self, call: ScriptCall | ScriptRemoteCall, body: Pickled) -> Callable[[], Any]:
+        function = resolve_script_function(call.name, call.is_builtin)
         args, kwargs = pickler.loads(body)
-        return partial(function if is_builtin else partial(run_script, function), *args, **kwargs)
+        if call.is_builtin:
+            return partial(function, *args, **kwargs)
+        if call.is_async:
+            check_returns_future(function)
+        return partial(run_script, function, *args, **kwargs)
 
     def _describe(self, error: BaseException) -> Failure:
         return failures.describe_exception(error, self._me())
