@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance import process
+from tests.conformance import process, suites
 from tests.conformance.causes import Verdict, find_cause
+from tests.conformance.exclusions import KNOWN_FAILURES, NOT_APPLICABLE
+from tests.conformance.fixtures import BACKENDS
 from tests.conformance.process import Outcome, RunningTest, missing_agents
 from tests.conformance.report import Report
 from tests.conformance.suites import starts_agents_everywhere
@@ -170,3 +172,18 @@ def test_the_table_shows_both_backends_and_what_did_not_pass() -> None:
     lines = table(runs).splitlines()
     assert "| S | 2 | 1 | 1 |" in lines
     assert lines[-1] == "| S.b | failed: x \\| y | not run |"
+
+
+# What is left out.
+
+
+def test_every_exclusion_is_one_of_torchs_tests_and_stands_once() -> None:
+    tests = {f"{suite}.{test}" for suite in suites.SUITES for test in suites.test_names(suite)}
+    for excluded, known in ((NOT_APPLICABLE.get(backend, {}), KNOWN_FAILURES.get(backend, {})) for backend in BACKENDS):
+        assert excluded.keys() | known.keys() <= tests
+        assert not excluded.keys() & known.keys()
+
+
+def test_no_more_than_45_tests_are_left_out_for_torchscript() -> None:
+    reasons = NOT_APPLICABLE["ZMQ"].values()
+    assert 0 < sum("TorchScript" in reason for reason in reasons) <= 45

@@ -4,6 +4,7 @@ Annotations are evaluated in this file, since TorchScript reads those of ignored
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +191,68 @@ def test_a_script_modules_method_cannot_be_sent() -> None:
     kind, text = on_group(_send_a_method)
     assert issubclass(kind, NotPicklableError)
     assert "pickle" in text
+
+
+# What TorchScript says where nothing of ours is on the way; the docs quote it.
+
+
+@torch.jit.script
+def call_inside(to: str, x: Tensor) -> Tensor:
+    return rpc.rpc_sync(to, scaled, (x,))
+
+
+@torch.jit.script
+def fetch_inside(rref: rpc.RRef[Tensor]) -> Tensor:
+    return rref.to_here()
+
+
+@torch.jit.script
+def wait_inside(future: Future[Tensor]) -> Tensor:
+    return future.wait() + 1
+
+
+class Holding(nn.Module):
+    def __init__(self, rref: Any) -> None:
+        super().__init__()
+        self.rref = rref
+
+    def forward(self) -> Tensor:
+        value: Tensor = self.rref.to_here()
+        return value
+
+
+def _do_what_cannot_work() -> dict[str, Outcome]:
+    ones = torch.ones(2)
+    return {
+        "Current RPC agent is not set! Did you initialize the RPC framework": outcome_of(call_inside, "worker1", ones),
+        "Expected a value of type 'RRef[Tensor]'": outcome_of(fetch_inside, rpc.RRef(ones)),
+        "Unable to cast Python instance of type <class 'zmqagent.rref.rref.RRef'>": outcome_of(
+            torch.jit.script, Holding(rpc.RRef(ones))
+        ),
+        "Expected Tensor but got PyObject": outcome_of(wait_inside, rpc.rpc_async("worker1", scaled, args=(ones,))),
+    }
+
+
+def test_what_cannot_work_fails_at_once_as_the_docs_quote() -> None:
+    docs = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    for quoted, (kind, text) in on_group(_do_what_cannot_work).items():
+        assert issubclass(kind, RuntimeError)
+        assert quoted in text
+        assert f'"{quoted}"' in docs.read_text()
+
+
+def _call_what_calls_inside() -> dict[str, Outcome]:
+    args = ("worker0", torch.ones(2))
+    return {
+        "sync": outcome_of(rpc.rpc_sync, "worker1", call_inside, args=args),
+        "remote": outcome_of(rpc.remote("worker1", call_inside, args=args).to_here),
+    }
+
+
+def test_a_script_called_by_rpc_that_makes_a_call_itself_is_told_what_to_do_instead() -> None:
+    for name, (kind, text) in on_group(_call_what_calls_inside).items():
+        assert kind is ScriptError, name
+        assert "Move the RPC into a Python function that is decorated with torch.jit.ignore" in text
 
 
 # Called from scripts.

@@ -17,7 +17,14 @@ from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply
-from zmqagent.exceptions import ProtocolError, RpcError, RRefCreationError, UnreadableCallError, WorkerLostError
+from zmqagent.exceptions import (
+    ProtocolError,
+    RpcError,
+    RRefCreationError,
+    SendFailedError,
+    UnreadableCallError,
+    WorkerLostError,
+)
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError
+from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError, ScriptError
 
 __all__ = ["on_result", "resolve_script_function", "run_script"]
 
 OnResult = Callable[[Any, "BaseException | None"], None]
+
+# What torch's C++ code says.
+_NO_AGENT_IN_SCRIPT = "Current RPC agent is not set!"
 
 
 def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
@@ -41,11 +44,17 @@ def run_script(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Runs a TorchScript function.
 
     Raises:
+        ScriptError: it makes an RPC of its own.
         RemoteUserError: it raised. Exceptions have no types in TorchScript, and torch's own agent answers a RuntimeError.
     """
     try:
         return function(*args, **kwargs)
     except Exception as error:
+        if _NO_AGENT_IN_SCRIPT in str(error):
+            raise ScriptError(
+                "RPC inside TorchScript runs in C++, which cannot reach this agent. Move the RPC into a Python function that is "
+                f"decorated with torch.jit.ignore, and call that. TorchScript says: {error}"
+            ) from error
         raise RemoteUserError(f"the TorchScript function failed with {type(error).__name__}: {error}") from error
 
 
