@@ -137,3 +137,19 @@ def test_faults_that_the_chosen_backend_would_not_inject_are_refused(started: li
     with pytest.raises(InvalidTypeError, match=r"which is for backend=rpc.BackendType.FAULTY_ZMQ, and the backend is ZMQ"):
         _init(rpc.BackendType.ZMQ, tmp_path, FaultyZmqRpcBackendOptions())
     assert started == []
+
+
+def test_torchs_own_autograd_is_left_alone_as_by_zmq(
+    started: list[tuple[Any, ...]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    original = backend.torch_bindings.original
+
+    def noting_original(key: str) -> Any:
+        asked.append(key)
+        return original(key)
+
+    monkeypatch.setattr(backend.torch_bindings, "original", noting_original)
+    monkeypatch.setattr(backend, "_process", backend._Process(autograd_rank=0, profiler_node=0))
+    _init(rpc.BackendType.FAULTY_ZMQ, tmp_path, FaultyZmqRpcBackendOptions())
+    assert asked == ["init_backend"]
