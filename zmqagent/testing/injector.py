@@ -13,7 +13,7 @@ from zmqagent.agent.detour import Deliver
 from zmqagent.exceptions import RpcError, SendFailedError
 from zmqagent.testing.faults import Fail, Faults, Send
 from zmqagent.testing.options import FaultyZmqRpcBackendOptions
-from zmqagent.wire.commands import ForwardAutograd, parse
+from zmqagent.wire.commands import parse
 from zmqagent.wire.frames import decode
 from zmqagent.wire.types import Message, WorkerId
 
@@ -100,7 +100,8 @@ class FaultInjector:
 def _innermost(frames: list[Any]) -> Message:
     """The message in ``frames``, without the wrappers around it and without its tensors."""
     envelope = decode(frames)
-    message = Message(envelope.type, envelope.fields, envelope.payload)
-    while isinstance(command := parse(message), ForwardAutograd):
-        message = command.inner
+    message = Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers)
+    # Only wrappers have an inner message.
+    while (inner := getattr(parse(message), "inner", None)) is not None:
+        message = inner
     return message
