@@ -272,6 +272,23 @@ def test_the_group_can_be_asked_about() -> None:
     assert on_group(_describe_the_group, world_size=3) == [[("worker0", 0), ("worker1", 1), ("worker2", 2)], "worker0", 2, True]
 
 
+def _name_no_backend(rank: int, meeting_point: str) -> str:
+    rpc.init_rpc(
+        f"worker{rank}",
+        rank=rank,
+        world_size=2,
+        rpc_backend_options=zmqagent.ZmqRpcBackendOptions(init_method=meeting_point),
+    )
+    agent = type(rpc.api._get_current_rpc_agent()).__name__
+    assert rpc.rpc_sync(f"worker{1 - rank}", add, args=(1, 2)) == 3
+    rpc.shutdown()
+    return agent
+
+
+def test_the_options_alone_choose_the_backend() -> None:
+    assert run_ranks(_name_no_backend, 2) == ["ZmqRpcAgent"] * 2
+
+
 class Unreadable:
     """Pickles, but cannot be unpickled."""
 
