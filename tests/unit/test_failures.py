@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import traceback
 from typing import Any
 
@@ -50,6 +52,21 @@ def test_an_exception_arrives_as_its_own_type_in_torchs_words(kind: type[Excepti
 def test_text_of_any_kind_arrives_whole(message: str) -> None:
     error = failures.rebuild(describe(ValueError(message)))
     assert message in error.args[0]
+
+
+class NoSuchShard(KeyError):
+    """A subclass, as users have them."""
+
+
+@pytest.mark.parametrize("kind", [KeyError, NoSuchShard])
+def test_a_key_error_reads_as_well_as_any_other_however_often_it_is_passed_on(kind: type[KeyError]) -> None:
+    first = failures.rebuild(describe(kind("no\\such\nkey")))
+    assert type(first) is kind
+    assert str(first) == first.args[0]
+    again = failures.rebuild(describe(pickle.loads(pickle.dumps(copy.copy(first)))))
+    for text in (str(again), "".join(traceback.format_exception(again))):
+        assert str(first) in text
+        assert r"\n" not in text.replace(r"\nkey", "")
 
 
 def test_the_text_is_logged_where_it_happened(caplog: pytest.LogCaptureFixture) -> None:

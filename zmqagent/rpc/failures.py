@@ -33,7 +33,7 @@ def describe_exception(error: BaseException, worker: str) -> Failure:
     Logs the text as an error, so that it can be read on the worker where it happened, as with torch.
     """
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    text = f"On {worker}:\n{_unescaped(_shown(error))}\n{trace}"
+    text = f"On {worker}:\n{_shown(error)}\n{trace}"
     _logger.error("%s", text)
     kind = type(error)
     return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
@@ -41,9 +41,19 @@ def describe_exception(error: BaseException, worker: str) -> Failure:
 
 def _shown(error: BaseException) -> str:
     try:
-        return repr(error)
+        shown = repr(error)
     except Exception as why:
         return f"<a {type(error).__qualname__} whose repr fails with {type(why).__name__}>"
+    return shown if any(isinstance(arg, _Legible) for arg in error.args) else _unescaped(shown)
+
+
+class _Legible(str):
+    """A text that is shown as it is also by those who show the `repr` of it, as `KeyError` does of what it was made of."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _unescaped(text: str) -> str:
@@ -67,7 +77,7 @@ def describe_kept(error: BaseException | None, worker: str) -> Failure:
     if isinstance(error, RpcError):
         return describe_error(error, worker)
     kind = type(error)
-    text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    text = str(error.args[0]) if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
     return Failure(0, f"{kind.__module__}.{kind.__qualname__}", text, _pickled_type(error))
 
 
@@ -91,7 +101,7 @@ def rebuild(failure: Failure) -> Exception:
     except CalleeError:
         return RemoteUserError(f"a {failure.type_name} was raised, a type that this process does not know. {text}")
     try:
-        error = kind(text)
+        error = kind(_Legible(text) if isinstance(kind, type) and issubclass(kind, KeyError) else text)
     except Exception as why:
         # A constructor that wants other arguments may raise anything.
         return RemoteUserError(
