@@ -225,6 +225,63 @@ def test_shutdown_fails_the_calls_for_which_functions_that_still_run_wait(pair: 
     assert "worker worker1 shut down" in str(error)
 
 
+def test_shutdown_leaves_a_function_behind_that_blocks_on_something_else(
+    pair: Pair, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmqagent.agent.agent._PATIENCE_WITHOUT_JOIN", 0.01)
+    alice, bob = pair
+    blocked, release = threading.Event(), threading.Event()
+    refused: SimpleQueue[RpcError] = SimpleQueue()
+
+    def block(source: WorkerId, message: Message, respond: Respond) -> None:
+        blocked.set()
+        assert release.wait(DEADLINE_S)
+        try:
+            bob.ask(ALICE)
+        except RpcError as error:
+            refused.put(error)
+        respond(Ack().to_message())
+
+    bob.serve = block
+    replies = alice.ask(BOB)
+    assert blocked.wait(DEADLINE_S)
+    bob.agent.shutdown()
+    assert isinstance(reply(replies), WorkerLostError)
+    assert "in block" in caplog.messages[-1]
+    release.set()
+    assert isinstance(refused.get(timeout=DEADLINE_S), ShutdownError)
+    assert bob.agent._executor.join(DEADLINE_S)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_join_that_takes_long_says_what_it_waits_for(
+    pair: Pair, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmqagent.agent.agent.REPORT_EVERY", 1e-3)
+    alice, bob = pair
+    blocked, release = threading.Event(), threading.Event()
+
+    def block(source: WorkerId, message: Message, respond: Respond) -> None:
+        blocked.set()
+        assert release.wait(DEADLINE_S)
+        respond(Ack().to_message())
+
+    bob.serve = block
+    alice.ask(BOB)
+    assert blocked.wait(DEADLINE_S)
+    with ThreadPoolExecutor(2) as threads:
+        joins = [threads.submit(node.agent.join) for node in pair]
+        callers = "worker worker0 waits for the group: 1 of its own calls and 0 that it serves are under way"
+        callees = "worker worker1 waits for the group: 0 of its own calls and 1 that it serves are under way"
+        while not any(callers in text for text in caplog.messages):
+            release.wait(1e-3)
+        while not any(callees in text and "in block" in text for text in caplog.messages):
+            release.wait(1e-3)
+        release.set()
+        for joined in joins:
+            joined.result(DEADLINE_S)
+
+
 def test_who_shuts_down_fails_the_calls_to_it_and_is_told_of_as_lost(pair: Pair) -> None:
     alice, bob = pair
     served = threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -267,6 +268,35 @@ def test_close_waits_for_tasks_that_have_begun(wire: Wire, start: Start) -> None
     closer.join(DEADLINE_S)
     assert not closer.is_alive()
     assert ended.is_set()
+
+
+def test_what_still_runs_is_reported_and_left_behind_when_patience_ends(
+    wire: Wire, start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zmqagent.agent.executor.REPORT_EVERY", 0.001)
+    executor = start(1)
+    began, release = threading.Event(), threading.Event()
+
+    def function_that_blocks() -> None:
+        began.set()
+        wait(release)
+
+    assert executor.report() == ""
+    wire.queue.put(function_that_blocks)
+    wait(began)
+    executor.stop()
+    assert not executor.wait_for_end(0.01)
+    first, last = caplog.messages[0], caplog.messages[-1]
+    assert "worker worker waits for functions that still run" in first
+    assert "worker worker has shut down and leaves functions behind that still run" in last
+    for text in (first, last, executor.report()):
+        assert re.search(r"worker-\d, for \d+ s:", text)
+        assert f'File "{__file__}"' in text.split(":\n", 1)[1].splitlines()[0]
+        assert "in function_that_blocks" in text
+        assert "in _serve" not in text
+    release.set()
+    assert executor.wait_for_end(DEADLINE_S)
+    assert executor.report() == ""
 
 
 def test_a_thread_of_its_own_may_close_it(wire: Wire, start: Start) -> None:

@@ -4,7 +4,8 @@ It joins the parts of its layer: the transport, the group, the exchange of reque
 run. It unpickles nothing; requests go up through the `RequestCallback`.
 
 How it ends. `join` waits until no worker of the group has a call under way. `shutdown` says goodbye, stops the threads, fails
-what still waits, and closes the transport; it may be called at any time, from any thread, and more than once.
+what still waits, and closes the transport; it may be called at any time, from any thread, and more than once. Functions that
+still run after that cannot be ended from outside. It waits for them for a while, says in the log where they are, and goes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.distributed.rpc import WorkerInfo
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, Reply, RequestCallback, Respond
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.exchange import Exchange, is_request
-from zmqagent.agent.executor import Executor, Task
+from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
 from zmqagent.agent.group import Group
 from zmqagent.agent.interrupts import InterruptWatch
 from zmqagent.agent.membership_events import MemberState, SayGoodbye, SendBarrier, WorkerGone
@@ -45,6 +46,14 @@ _GROUP_ENDED = "the group has ended"
 
 _EXIT_WAIT = 1.0
 """Seconds that the interpreter's exit waits for functions that still run, if nobody called `shutdown`."""
+
+_PATIENCE = 60.0
+"""Seconds that `shutdown` waits for functions that still run after a last `join`. No call waits for them any more, but they may
+have something to finish, such as the callbacks of a future."""
+
+_PATIENCE_WITHOUT_JOIN = 1.0
+"""The same if the group has not come to its end together (``graceful=False``): enough for those that wait for a call, which fails
+now."""
 
 _JOIN_PAUSE = 0.01
 """Seconds between two rounds of `join`: somebody still serves a call, and asking without a pause would slow that down."""
@@ -241,7 +250,7 @@ class ZmqRpcAgent:
         deadline = time.monotonic() + timeout if timeout else float("inf")
         self._joins += 1
         for turn in itertools.count():
-            if not self._exchange.wait_until_idle(deadline) or (turn and time.monotonic() > deadline):
+            if not self._wait(self._exchange.wait_until_idle, deadline) or (turn and time.monotonic() > deadline):
                 client, server = self._exchange.active()
                 raise RpcTimeoutError(
                     f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} "
@@ -255,13 +264,27 @@ class ZmqRpcAgent:
             self._group.end()
             self._has_ended = True
 
+    def _wait(self, wait: Callable[[float], bool], deadline: float) -> bool:
+        """Waits by ``wait``, in Python, where ^C is seen. Says now and then which calls are under way, since only the user can
+        know whether these will ever end."""
+        while not wait(min(REPORT_EVERY, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            client, server = self._exchange.active()
+            if client or server:
+                calls = f"{client} of its own calls and {server} that it serves are under way"
+                _logger.warning("worker %s waits for the group: %s. %s", self._me.name, calls, self._executor.report())
+        return True
+
     def shutdown(self) -> None:
-        """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent."""
+        """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent.
+
+        Functions that still run are waited for, one minute after a last `join` and one second without, and then left behind.
+        """
         with self._shutdown_lock:
             if self._is_shut_down:
                 return
             self._is_shut_down = True
-        atexit.unregister(self._at_exit)
         reason = ShutdownError(f"worker {self._me.name} shut down")
         self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
@@ -272,7 +295,8 @@ class ZmqRpcAgent:
                 task()
         # Before the threads have ended: a function that one of them runs may wait for the answer to a call.
         self._exchange.close(reason)
-        self._executor.join()
+        if self._executor.wait_for_end(_PATIENCE if self._has_ended else _PATIENCE_WITHOUT_JOIN):
+            atexit.unregister(self._at_exit)
         self._transport.close()
 
     def _at_exit(self) -> None:
@@ -377,8 +401,8 @@ class ZmqRpcAgent:
             ended.set()
 
         self._group.enter_barrier(self._me.worker_id, tag, value, token)
-        # Python's own wait, which ^C ends; without a deadline it ends with the loss of a member, or shutdown.
-        if not ended.wait(None if deadline == float("inf") else max(0.0, deadline - time.monotonic())):
+        # Without a deadline it ends with the loss of a member, or shutdown.
+        if not self._wait(ended.wait, deadline):
             raise RpcTimeoutError(f"worker {self._me.name} waited in vain for all workers to come to the barrier {tag}")
         (outcome,) = outcomes
         if isinstance(outcome, RpcError):

@@ -361,16 +361,10 @@ class Exchange:
         with self._activity:
             return self._client_active, self._server_active
 
-    def wait_until_idle(self, deadline: float) -> bool:
-        """Waits until no call of this worker is under way; False if that was not so by ``deadline``."""
+    def wait_until_idle(self, timeout: float) -> bool:
+        """Waits, for at most ``timeout`` seconds, until no call of this worker is under way; says whether that is so."""
         with self._activity:
-            while self._client_active:
-                # In short pieces, so that ^C is seen.
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._activity.wait(min(left, 0.5))
-            return True
+            return self._activity.wait_for(lambda: not self._client_active, timeout)
 
     def _count_client(self, change: int) -> None:
         with self._activity:

@@ -9,14 +9,16 @@ a thread of its own, however many there are: otherwise calls nested deeper than 
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
 from zmqagent.exceptions import ShutdownError
 
-__all__ = ["PATIENCE", "Executor", "Task"]
+__all__ = ["PATIENCE", "REPORT_EVERY", "Executor", "Task"]
 
 PATIENCE = 0.005
 """Seconds a task waits for a busy thread to come free before a thread beyond the configured number is started: long enough that
@@ -24,6 +26,9 @@ short functions never cost a thread, short enough that a nested call is not felt
 
 _PAUSE_AFTER_FAILURE = 0.05
 """Seconds until receiving is tried again after it raised, so that a lasting fault cannot keep a core busy."""
+
+REPORT_EVERY = 10.0
+"""Seconds between two words in the log on what a worker waits for before it ends."""
 
 Task = Callable[[], None]
 
@@ -55,7 +60,7 @@ class Executor:
         self._threads: set[threading.Thread] = set()
         self._started = 0
         self._idle = 0  # threads that receive or wait for their turn to
-        self._busy = 0  # threads that run a task
+        self._running: dict[threading.Thread, float] = {}  # threads that run a task, and since when
         self._closed = False  # no task begins any more
         self._drained = False  # no task is taken in any more
 
@@ -86,7 +91,22 @@ class Executor:
     def num_idle(self) -> int:
         """How many of the configured threads run no task now (threads that were not needed yet count as idle)."""
         with self._lock:
-            return max(0, self._size - self._busy)
+            return max(0, self._size - len(self._running))
+
+    def report(self) -> str:
+        """What the threads run now: which one, for how long, and where in the code it is. Empty if they run nothing."""
+        now = time.monotonic()
+        with self._lock:
+            running = {thread: now - since for thread, since in self._running.items() if thread is not threading.current_thread()}
+        frames = sys._current_frames()
+        texts = []
+        for thread, seconds in running.items():
+            # The frame is gone if the task has ended meanwhile.
+            stack = traceback.extract_stack(frames.get(thread.ident or 0))
+            own = [number for number, entry in enumerate(stack) if entry.filename == __file__]
+            where = "".join(traceback.format_list(stack[max(own, default=-1) + 1 :]))
+            texts.append(f"{thread.name}, for {seconds:.0f} s:\n{where}")
+        return "\n".join(texts).rstrip()
 
     def stop(self) -> list[Task]:
         """Stops receiving, has no further task begin, and returns the tasks that had not. Idempotent."""
@@ -100,11 +120,11 @@ class Executor:
             self._backlog.clear()
         return left
 
-    def join(self, timeout: float = float("inf")) -> None:
-        """Waits, after `stop`, until every thread has ended its task, or ``timeout`` seconds have passed.
+    def join(self, timeout: float = float("inf")) -> bool:
+        """Waits, after `stop`, until every thread has ended its task, or ``timeout`` seconds have passed; says whether they have.
 
-        A thread of the executor that calls this ends after the task that called. User code that blocks for ever would block this
-        too; the threads are daemons, so they never hold up the interpreter's exit. Idempotent.
+        A thread of the executor that calls this ends after the task that called. User code may block for ever; the threads are
+        daemons, so they never hold up the interpreter's exit. Idempotent.
         """
         with self._lock:
             threads = list(self._threads)
@@ -113,6 +133,19 @@ class Executor:
         for thread in threads:
             if thread is not current:
                 thread.join(max(0.0, deadline - time.monotonic()) if timeout != float("inf") else None)
+        return not any(thread.is_alive() for thread in threads if thread is not current)
+
+    def wait_for_end(self, patience: float) -> bool:
+        """`join` for at most ``patience`` seconds, with a word in the log now and then on what still runs; says whether all have
+        ended. What has not is left behind."""
+        deadline = time.monotonic() + patience
+        while not self.join(min(REPORT_EVERY, max(0.0, deadline - time.monotonic()))):
+            is_over = time.monotonic() >= deadline
+            what = "has shut down and leaves functions behind that still run" if is_over else "waits for functions that still run"
+            _logger.warning("worker %s %s. %s", self._name, what, self.report())
+            if is_over:
+                return False
+        return True
 
     def close(self) -> list[Task]:
         """`stop`, then `join`. What the threads run must not wait for tasks that had not begun."""
@@ -150,7 +183,7 @@ class Executor:
             _logger.exception("a task of worker %s failed", self._name)
         finally:
             with self._lock:
-                self._busy -= 1
+                del self._running[threading.current_thread()]
 
     def _next_task(self) -> Task | None:
         with self._lock:
@@ -168,8 +201,7 @@ class Executor:
 
     def _take(self) -> Task:
         """The oldest task, with the lock held. Somebody came free, so whoever waits behind it is given new patience."""
-        self._waiting_since = time.monotonic()
-        self._busy += 1
+        self._waiting_since = self._running[threading.current_thread()] = time.monotonic()
         return self._backlog.popleft()
 
     def _receive_task(self) -> Task | None:
