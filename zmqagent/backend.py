@@ -16,6 +16,7 @@ from zmqagent import torch_bindings
 from zmqagent.agent.detour import Detour
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.rpc import recordings, trace_spans
 from zmqagent.worker import Worker
 
 __all__ = ["NAME", "register", "register_variant", "replace_tensorpipe"]
@@ -58,6 +59,10 @@ def register() -> None:
             "_set_profiler_node_id": _record_profiler_node,
             "init_backend": _init_backend,
             "register_backend": _register_backend,
+            "ProfilerConfig.__init__": _make_profiler_config,
+            "_enable_profiler_legacy": _enable_profiler_legacy,
+            "_disable_profiler_legacy": _disable_profiler_legacy,
+            "_disable_profiler": _disable_profiler,
         }
     )
     register_variant(NAME, ZmqRpcBackendOptions, lambda options: None)
@@ -104,6 +109,28 @@ def _record_autograd_rank(rank: int) -> None:
 
 def _record_profiler_node(node: int) -> None:
     _process.profiler_node = node
+
+
+def _make_profiler_config(config: Any, *args: Any, **kwargs: Any) -> None:
+    torch_bindings.original("ProfilerConfig.__init__")(config, *args, **kwargs)
+    recordings.remember(config, *args, **kwargs)
+
+
+# A profile may begin before a worker starts and end after that has shut down, so these stand always.
+
+
+def _enable_profiler_legacy(config: Any) -> None:
+    torch_bindings.original("_enable_profiler_legacy")(config)
+    recordings.entered(config)
+
+
+def _disable_profiler_legacy(*options: Any) -> Any:
+    return recordings.left(torch_bindings.original("_disable_profiler_legacy")(*options))
+
+
+def _disable_profiler() -> Any:
+    trace_spans.end_all()
+    return torch_bindings.original("_disable_profiler")()
 
 
 def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:

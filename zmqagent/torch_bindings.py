@@ -39,16 +39,18 @@ _RPC = "torch._C._distributed_rpc"
 _AUTOGRAD = "torch._C._distributed_autograd"
 _REGISTRY = "torch.distributed.rpc.backend_registry"
 _FUTURES = "torch.futures"
+_PROFILERS = "torch._C._autograd"
 _API = "torch.distributed.rpc.api"
 
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """One name of torch's: the module, the class in it (for methods), the attribute."""
+    """One name of torch's: the module, the class in it (for methods), the attribute; and whether a method takes its object."""
 
     module: str
     name: str
     owner: str = ""
+    takes_self: bool = False
 
     @property
     def key(self) -> str:
@@ -93,6 +95,10 @@ FUNCTIONS: tuple[Seam, ...] = (
     Seam(_AUTOGRAD, "_retrieve_context"),
     Seam(_AUTOGRAD, "backward"),
     Seam(_AUTOGRAD, "get_gradients"),
+    Seam(_PROFILERS, "_disable_profiler"),
+    Seam(_PROFILERS, "_disable_profiler_legacy"),
+    Seam(_PROFILERS, "_enable_profiler_legacy"),
+    Seam(_API, "_enable_rpc_profiler"),
     Seam(_API, "_wait_all_workers"),
     Seam(_REGISTRY, "init_backend"),
     Seam(_REGISTRY, "register_backend"),
@@ -104,9 +110,9 @@ FUNCTIONS: tuple[Seam, ...] = (
 METHODS: tuple[Seam, ...] = (
     Seam(_API, "__new__", owner="RRef"),
     Seam(_RPC, "_deserialize", owner="PyRRef"),
-    Seam(_RPC, "set_current_profiling_key", owner="RemoteProfilerManager"),
+    Seam("torch._C._profiler", "__init__", owner="ProfilerConfig", takes_self=True),
 )
-"""Static methods, rebound on their class."""
+"""Methods, rebound on their class."""
 
 SWAPS: tuple[Seam, ...] = (
     Seam(_API, "_default_pickler"),
@@ -152,7 +158,8 @@ def install(standing: Mapping[str, Callable[..., Any]]) -> None:
             _originals[seam.key] = method
             if seam.name in vars(seam.holder()):
                 _shadowed[seam] = vars(seam.holder())[seam.name]
-            setattr(seam.holder(), seam.name, staticmethod(_dispatcher(seam.key, method)))
+            dispatcher = _dispatcher(seam.key, method)
+            setattr(seam.holder(), seam.name, dispatcher if seam.takes_self else staticmethod(dispatcher))
         _standing = dict(standing)
         _replacements = _standing
 

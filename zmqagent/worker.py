@@ -26,6 +26,7 @@ from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.rpc.futures import collect_all, wait_all
 from zmqagent.rpc.invoke import CallPickler, Invoker
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.profiler import RpcProfiler
 from zmqagent.rpc.request_callback import RpcRequestCallback
 from zmqagent.rpc.rref_calls import RpcRRefCalls
 from zmqagent.rpc.shares import give_back
@@ -49,9 +50,10 @@ class Worker:
         self._contexts = DistAutogradContainer(agent)
         self._engine = DistEngine(self._contexts, agent)
         messenger = Messenger(agent, self._contexts)
-        self._rrefs = RRefContext(agent, RpcRRefCalls(agent, messenger, self._engine))
+        self._profiler = RpcProfiler(agent)
+        self._rrefs = RRefContext(agent, RpcRRefCalls(agent, messenger, self._engine, self._profiler))
         self._invoker = Invoker(messenger, self._rrefs)
-        self._callback = RpcRequestCallback(agent, messenger, self._contexts, self._engine, self._rrefs)
+        self._callback = RpcRequestCallback(agent, messenger, self._contexts, self._engine, self._rrefs, self._profiler)
 
     @classmethod
     def start(
@@ -91,6 +93,8 @@ class Worker:
             raise
         try:
             worker.agent.enter(records)
+            # What torch's profilers record from now on bears this worker's id.
+            torch_bindings.original("_set_profiler_node_id")(int(me.worker_id))
             # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
             torch_bindings.activate(worker.replacements())
             api._init_rpc_states(worker.agent)
@@ -140,8 +144,9 @@ class Worker:
             "_invoke_remote_builtin": self._invoker.remote_builtin,
             "_invoke_remote_python_udf": self._invoker.remote_python_udf,
             "_invoke_remote_torchscript": self._invoker.remote_torchscript,
-            # The key ties remote events to a call; only calls that are profiled remotely need it.
-            "RemoteProfilerManager.set_current_profiling_key": lambda key: None,
+            "_enable_rpc_profiler": self._profiler.profiled_call,
+            "_enable_server_process_global_profiler": self._profiler.enable_server,
+            "_disable_server_process_global_profiler": self._profiler.disable_server,
             "collect_all": collect_all,
             "wait_all": wait_all,
         }

@@ -32,6 +32,8 @@ COMMANDS: list[c.Command] = [
     c.RRefChildAccept(FORK),
     c.ForwardAutograd(CONTEXT, c.PythonCall(BODY, False).to_message()),
     c.ForwardAutograd(CONTEXT, c.Return(BODY).to_message()),
+    c.RunWithProfiling(6, c.PythonCall(BODY, False).to_message()),
+    c.ProfiledReturn(b"records", c.Return(BODY).to_message()),
     c.BackwardAutograd(CONTEXT, 7, True, ("gradient",)),
     c.AbortBackward(1 << 48, 7, "über"),
     c.CleanupContext(1 << 48),

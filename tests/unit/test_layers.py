@@ -45,6 +45,7 @@ PURE = {
     "version.py",
     "wire/types.py",
     "wire/commands.py",
+    "wire/wrappers.py",
     "wire/frames.py",
     "agent/calls.py",
     "agent/membership.py",

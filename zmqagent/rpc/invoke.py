@@ -29,6 +29,7 @@ from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.profiler import current_call
 from zmqagent.rpc.results import complete
 from zmqagent.rpc.scripts import check_arguments
 from zmqagent.rref.context import RRefContext
@@ -172,7 +173,7 @@ class Invoker:
             on_reply(reply)
 
         try:
-            self._messenger.send(to, message, settle, timeout=timeout, attach_always=attach_always)
+            self._messenger.send(to, message, settle, timeout=timeout, attach_always=attach_always, profiled=current_call())
         except (WorkerLostError, SendFailedError) as error:
             # No fault of the caller's: it learns of it where it would learn of a loss a moment later.
             call.forks.cancel()

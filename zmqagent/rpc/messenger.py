@@ -1,4 +1,5 @@
-"""Messages with the caller's distributed autograd context attached, in both directions; answers in the caller's thread state.
+"""Messages with the caller's distributed autograd context and profiling attached, in both directions; answers in the caller's
+thread state.
 
 When torch attaches autograd: never without a current context; always for a Python user function, a Python ``remote``
 and ``to_here``; for builtin operators and for all answers only if some tensor requires grad. The context of the caller is current
@@ -14,6 +15,7 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.exceptions import ProtocolError, RpcError
+from zmqagent.rpc.profiler import ProfiledCall
 from zmqagent.rpc.shares import give_back
 from zmqagent.rpc.thread_state import ThreadState, current_state, in_state
 from zmqagent.wire.commands import ForwardAutograd, parse
@@ -30,18 +32,35 @@ class Messenger:
         self._contexts = contexts
 
     def send(
-        self, to: WorkerId, message: Message, on_reply: OnReply, *, timeout: float = UNSET_TIMEOUT, attach_always: bool
+        self,
+        to: WorkerId,
+        message: Message,
+        on_reply: OnReply,
+        *,
+        timeout: float = UNSET_TIMEOUT,
+        attach_always: bool,
+        profiled: ProfiledCall | None = None,
     ) -> None:
         """Sends ``message`` as `Requester.request` does, in the calling thread's context if there is one. ``on_reply`` runs in
         that context, and in the state of the calling thread."""
         context = self._contexts.current_context_or_none()
         on_reply = partial(_reply_in, current_state(), on_reply)
-        if context is None:
+        if context is not None:
+            if attach_always or _any_requires_grad(message):
+                message = _wrap(context, to, message)
+            on_reply = partial(self._resume, context, to, on_reply)
+        if profiled is None:
             self._requester.request(to, message, on_reply, timeout=timeout)
-            return
-        if attach_always or _any_requires_grad(message):
-            message = _wrap(context, to, message)
-        self._requester.request(to, message, partial(self._resume, context, to, on_reply), timeout=timeout)
+        else:
+            self._send_profiled(to, message, on_reply, timeout, profiled)
+
+    def _send_profiled(self, to: WorkerId, message: Message, on_reply: OnReply, timeout: float, profiled: ProfiledCall) -> None:
+        message, on_reply = profiled.begin(message, on_reply)
+        try:
+            self._requester.request(to, message, on_reply, timeout=timeout)
+        except BaseException:
+            profiled.abandon()
+            raise
 
     def _resume(self, context: DistAutogradContext, source: WorkerId, on_reply: OnReply, reply: Reply) -> None:
         with self._contexts.activate(context):

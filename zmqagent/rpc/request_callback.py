@@ -20,6 +20,8 @@ from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import CalleeError, RpcError, UnreadableCallError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.profiler import RpcProfiler
+from zmqagent.rpc.recordings import Profile
 from zmqagent.rpc.scripts import check_returns_future
 from zmqagent.rpc.thread_state import clean_state
 from zmqagent.rpc.user_code import on_result, resolve_script_function, run_script
@@ -43,6 +45,7 @@ from zmqagent.wire.commands import (
     RRefFetch,
     RRefForkRequest,
     RRefUserDelete,
+    RunWithProfiling,
     ScriptCall,
     ScriptRemoteCall,
     parse,
@@ -54,11 +57,12 @@ __all__ = ["RpcRequestCallback"]
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One request while it is served: who asked, how to answer, and the autograd context that came with it."""
+    """One request while it is served: who asked, how to answer, and the autograd context and profile that came with it."""
 
     source: WorkerId
     respond: Respond
     context: DistAutogradContext | None
+    profile: Profile | None = None
 
 
 class RpcRequestCallback:
@@ -71,12 +75,14 @@ class RpcRequestCallback:
         contexts: DistAutogradContainer,
         engine: DistEngine,
         rrefs: RRefContext,
+        profiler: RpcProfiler,
     ) -> None:
         self._requester = requester
         self._messenger = messenger
         self._contexts = contexts
         self._engine = engine
         self._rrefs = rrefs
+        self._profiler = profiler
         self._handlers: dict[type[Command], Callable[[_Request, Any], None]] = {
             PythonCall: self._python_call,
             ScriptCall: self._script_call,
@@ -94,7 +100,10 @@ class RpcRequestCallback:
 
     def __call__(self, source: WorkerId, message: Message, respond: Respond) -> None:
         command = parse(message)
-        context = None
+        profile = context = None
+        if isinstance(command, RunWithProfiling):
+            profile, respond = self._profiler.serve(command, respond)
+            command = parse(command.inner)
         if isinstance(command, ForwardAutograd):
             context = self._contexts.get_or_create_context(command.metadata.context_id)
             command = parse(self._messenger.unwrap(context, source, command))
@@ -102,7 +111,7 @@ class RpcRequestCallback:
         if handler is None:
             raise CalleeError(f"a {type(command).__name__} is no request that this worker serves")
         with self._contexts.activate(context), clean_state():
-            handler(_Request(source, respond, context), command)
+            handler(_Request(source, respond, context, profile), command)
 
     # Calls. The function, or what it names, is loaded first; it runs when the owners know of the RRefs among its arguments.
 
@@ -162,7 +171,7 @@ class RpcRequestCallback:
             if error is not None:
                 done(None, error)
             else:
-                on_result(function, is_async, done)
+                on_result(self._profiler.recorded(function, request.profile), is_async, done)
 
     def _load_function(self, body: Pickled) -> Callable[[], Any]:
         udf = pickler.loads(body)
@@ -256,7 +265,8 @@ class RpcRequestCallback:
             with clean_state():
                 try:
                     root = backward_root(owner.value())
-                    self._engine.backward(backward.context_id, [root], backward.retain_graph)
+                    run = partial(self._engine.backward, backward.context_id, [root], backward.retain_graph)
+                    self._profiler.recorded(run, None)()
                 except Exception as failed:
                     request.respond(self._describe(failed).to_message())
                 else:
@@ -267,7 +277,7 @@ class RpcRequestCallback:
     # Distributed autograd.
 
     def _backward_autograd(self, request: _Request, gradients: BackwardAutograd) -> None:
-        self._engine.on_backward(request.source, gradients, request.respond)
+        self._profiler.recorded(partial(self._engine.on_backward, request.source, gradients, request.respond), None)()
 
     def _abort_backward(self, request: _Request, abort: AbortBackward) -> None:
         self._engine.on_abort(abort, request.respond)

@@ -15,6 +15,7 @@ from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc import failures
 from zmqagent.rpc.failures import new_future
 from zmqagent.rpc.messenger import Messenger
+from zmqagent.rpc.profiler import RpcProfiler
 from zmqagent.rpc.results import complete
 from zmqagent.wire.commands import Ack, Failure, RRefBackward, RRefFetch
 from zmqagent.wire.types import RRefId, WorkerId
@@ -25,16 +26,19 @@ __all__ = ["RpcRRefCalls"]
 class RpcRRefCalls:
     """Fetches values and starts backward passes for RRefs. See `zmqagent.rref.rref.RRefCalls`."""
 
-    def __init__(self, requester: Requester, messenger: Messenger, engine: DistEngine) -> None:
+    def __init__(self, requester: Requester, messenger: Messenger, engine: DistEngine, profiler: RpcProfiler) -> None:
         self._requester = requester
         self._messenger = messenger
         self._engine = engine
+        self._profiler = profiler
 
     def fetch(self, owner: WorkerId, rref_id: RRefId, timeout: float) -> Future[Any]:
         """Asks ``owner`` for the value of an RRef; the future holds it."""
         future = new_future()
         message = RRefFetch(rref_id).to_message()
-        self._messenger.send(owner, message, partial(complete, future), timeout=timeout, attach_always=True)
+        profiled = self._profiler.traced("RRef.to_here", owner)
+        on_reply = partial(complete, future)
+        self._messenger.send(owner, message, on_reply, timeout=timeout, attach_always=True, profiled=profiled)
         return future
 
     def backward_on_owner(self, owner: WorkerId, rref_id: RRefId, context_id: int, retain_graph: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 
 from zmqagent.exceptions import ProtocolError
 from zmqagent.rref.forks import receive_rref
-from zmqagent.wire.commands import Command, ForwardAutograd, Return, parse
+from zmqagent.wire.commands import Command, ForwardAutograd, ProfiledReturn, Return, parse
 from zmqagent.wire.types import Message
 
 __all__ = ["give_back"]
@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 def give_back(answer: Command | Message) -> None:
     """Claims every share that ``answer`` brought, and drops it. Runs none of the code that unpickling its value would run."""
     try:
-        while isinstance(answer, Message | ForwardAutograd):
+        while isinstance(answer, Message | ForwardAutograd | ProfiledReturn):
             answer = parse(answer if isinstance(answer, Message) else answer.inner)
     except ProtocolError as error:
         _logger.warning("an answer that nobody takes cannot be read either: %s", error)

@@ -1,8 +1,7 @@
 """One small class a message type, to and from `Message`.
 
 Pure. A command says what is asked or answered in the terms of torch's RPC; `Message` is the same in a shape that `frames` can
-put on the wire. Wrappers (`ForwardAutograd`) nest: the wrapped message's type and fields travel inside the wrapper's fields, and
-payload, buffers and tensors pass through untouched.
+put on the wire. Messages around other messages are in `wrappers`.
 
 `parse` turns a received `Message` into its command and raises `ProtocolError` if the fields do not fit.
 """
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.types import AutogradMetadata, ForkData, ForkId, Message, MessageType, RRefId
+from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling, take
 
 __all__ = [
     "AbortBackward",
@@ -28,6 +28,7 @@ __all__ = [
     "ForwardAutograd",
     "Goodbye",
     "Pickled",
+    "ProfiledReturn",
     "PythonCall",
     "PythonRemoteCall",
     "RRefBackward",
@@ -37,6 +38,7 @@ __all__ = [
     "RRefUserDelete",
     "RemoteReturn",
     "Return",
+    "RunWithProfiling",
     "ScriptCall",
     "ScriptRemoteCall",
     "parse",
@@ -60,17 +62,6 @@ def _body(message: Message) -> Pickled:
     return Pickled(message.payload, message.buffers, message.tensors)
 
 
-def _take(message: Message, *types: type) -> tuple[Any, ...]:
-    """The fields of ``message``, checked against ``types`` one by one."""
-    fields = message.fields
-    # bool is an int to isinstance, yet never a valid id here: compare exact types.
-    if len(fields) != len(types) or any(type(f) is not t for f, t in zip(fields, types, strict=True)):
-        wanted = ", ".join(t.__name__ for t in types)
-        got = ", ".join(type(f).__name__ for f in fields)
-        raise ProtocolError(f"a {message.type.name} message carries the fields ({wanted}), but ({got}) arrived")
-    return fields
-
-
 @dataclass(frozen=True, slots=True)
 class PythonCall:
     """Run a pickled function; ``body`` is a pickled ``PythonUDF(func, args, kwargs)``."""
@@ -84,7 +75,7 @@ class PythonCall:
 
     @classmethod
     def from_message(cls, message: Message) -> PythonCall:
-        (is_async,) = _take(message, bool)
+        (is_async,) = take(message, bool)
         return cls(_body(message), is_async)
 
 
@@ -103,7 +94,7 @@ class ScriptCall:
 
     @classmethod
     def from_message(cls, message: Message) -> ScriptCall:
-        name, is_builtin, is_async = _take(message, str, bool, bool)
+        name, is_builtin, is_async = take(message, str, bool, bool)
         return cls(_body(message), name, is_builtin, is_async)
 
 
@@ -121,7 +112,7 @@ class Return:
 
     @classmethod
     def from_message(cls, message: Message) -> Return:
-        (shares,) = _take(message, tuple)
+        (shares,) = take(message, tuple)
         if not all(type(share) is tuple and [type(value) for value in share] == [int] * 6 + [str] for share in shares):
             raise ProtocolError(f"a share in an RRef is six integers and a text, but a {message.type.name} has {shares!r:.200}")
         return cls(_body(message), shares)
@@ -142,7 +133,7 @@ class PythonRemoteCall:
 
     @classmethod
     def from_message(cls, message: Message) -> PythonRemoteCall:
-        is_async, a, b, c, d = _take(message, bool, int, int, int, int)
+        is_async, a, b, c, d = take(message, bool, int, int, int, int)
         return cls(_body(message), is_async, RRefId(a, b), ForkId(c, d))
 
 
@@ -164,7 +155,7 @@ class ScriptRemoteCall:
 
     @classmethod
     def from_message(cls, message: Message) -> ScriptRemoteCall:
-        name, is_builtin, is_async, a, b, c, d = _take(message, str, bool, bool, int, int, int, int)
+        name, is_builtin, is_async, a, b, c, d = take(message, str, bool, bool, int, int, int, int)
         return cls(_body(message), name, is_builtin, is_async, RRefId(a, b), ForkId(c, d))
 
 
@@ -181,7 +172,7 @@ class RemoteReturn:
 
     @classmethod
     def from_message(cls, message: Message) -> RemoteReturn:
-        a, b, c, d = _take(message, int, int, int, int)
+        a, b, c, d = take(message, int, int, int, int)
         return cls(RRefId(a, b), ForkId(c, d))
 
 
@@ -197,7 +188,7 @@ class RRefFetch:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefFetch:
-        a, b = _take(message, int, int)
+        a, b = take(message, int, int)
         return cls(RRefId(a, b))
 
 
@@ -214,7 +205,7 @@ class RRefUserDelete:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefUserDelete:
-        a, b, c, d = _take(message, int, int, int, int)
+        a, b, c, d = take(message, int, int, int, int)
         return cls(RRefId(a, b), ForkId(c, d))
 
 
@@ -231,7 +222,7 @@ class RRefForkRequest:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefForkRequest:
-        a, b, c, d = _take(message, int, int, int, int)
+        a, b, c, d = take(message, int, int, int, int)
         return cls(RRefId(a, b), ForkId(c, d))
 
 
@@ -247,29 +238,8 @@ class RRefChildAccept:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefChildAccept:
-        a, b = _take(message, int, int)
+        a, b = take(message, int, int)
         return cls(ForkId(a, b))
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardAutograd:
-    """Another message whose tensors belong to a distributed autograd context."""
-
-    type: ClassVar[MessageType] = MessageType.FORWARD_AUTOGRAD_REQ
-    metadata: AutogradMetadata
-    inner: Message
-
-    def to_message(self) -> Message:
-        inner = self.inner
-        fields = (*self.metadata, int(inner.type), inner.fields)
-        kind = MessageType.FORWARD_AUTOGRAD_REQ if inner.type.is_request else MessageType.FORWARD_AUTOGRAD_RESP
-        return Message(kind, fields, inner.payload, inner.buffers, inner.tensors)
-
-    @classmethod
-    def from_message(cls, message: Message) -> ForwardAutograd:
-        context_id, message_id, inner_type, inner_fields = _take(message, int, int, int, tuple)
-        inner = Message(_known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
-        return cls(AutogradMetadata(context_id, message_id), inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +259,7 @@ class BackwardAutograd:
 
     @classmethod
     def from_message(cls, message: Message) -> BackwardAutograd:
-        context_id, message_id, pass_id, retain_graph = _take(message, int, int, int, bool)
+        context_id, message_id, pass_id, retain_graph = take(message, int, int, int, bool)
         return cls(AutogradMetadata(context_id, message_id), pass_id, retain_graph, message.tensors)
 
 
@@ -307,7 +277,7 @@ class AbortBackward:
 
     @classmethod
     def from_message(cls, message: Message) -> AbortBackward:
-        return cls(*_take(message, int, int, str))
+        return cls(*take(message, int, int, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +292,7 @@ class CleanupContext:
 
     @classmethod
     def from_message(cls, message: Message) -> CleanupContext:
-        return cls(*_take(message, int))
+        return cls(*take(message, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +309,7 @@ class RRefBackward:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefBackward:
-        a, b, context_id, retain_graph = _take(message, int, int, int, bool)
+        a, b, context_id, retain_graph = take(message, int, int, int, bool)
         return cls(RRefId(a, b), context_id, retain_graph)
 
 
@@ -354,7 +324,7 @@ class Ack:
 
     @classmethod
     def from_message(cls, message: Message) -> Ack:
-        _take(message)
+        take(message)
         return cls(message.type)
 
 
@@ -374,7 +344,7 @@ class Failure:
 
     @classmethod
     def from_message(cls, message: Message) -> Failure:
-        code, type_name, text = _take(message, int, str, str)
+        code, type_name, text = take(message, int, str, str)
         return cls(code, type_name, text, _body(message))
 
 
@@ -391,7 +361,7 @@ class Barrier:
 
     @classmethod
     def from_message(cls, message: Message) -> Barrier:
-        return cls(*_take(message, str, int))
+        return cls(*take(message, str, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +376,7 @@ class BarrierPassed:
 
     @classmethod
     def from_message(cls, message: Message) -> BarrierPassed:
-        return cls(*_take(message, int))
+        return cls(*take(message, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +391,7 @@ class Goodbye:
 
     @classmethod
     def from_message(cls, message: Message) -> Goodbye:
-        return cls(*_take(message, str))
+        return cls(*take(message, str))
 
 
 Command = (
@@ -436,6 +406,8 @@ Command = (
     | RRefForkRequest
     | RRefChildAccept
     | ForwardAutograd
+    | RunWithProfiling
+    | ProfiledReturn
     | BackwardAutograd
     | AbortBackward
     | CleanupContext
@@ -461,6 +433,8 @@ _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
     MessageType.RREF_ACK: Ack.from_message,
     MessageType.FORWARD_AUTOGRAD_REQ: ForwardAutograd.from_message,
     MessageType.FORWARD_AUTOGRAD_RESP: ForwardAutograd.from_message,
+    MessageType.RUN_WITH_PROFILING_REQ: RunWithProfiling.from_message,
+    MessageType.RUN_WITH_PROFILING_RESP: ProfiledReturn.from_message,
     MessageType.BACKWARD_AUTOGRAD_REQ: BackwardAutograd.from_message,
     MessageType.BACKWARD_AUTOGRAD_RESP: Ack.from_message,
     MessageType.ABORT_BACKWARD_REQ: AbortBackward.from_message,
@@ -474,13 +448,6 @@ _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
     MessageType.BARRIER_RESP: BarrierPassed.from_message,
     MessageType.GOODBYE: Goodbye.from_message,
 }
-
-
-def _known_type(number: int) -> MessageType:
-    try:
-        return MessageType(number)
-    except ValueError:
-        raise ProtocolError(f"message type {number:#x} is unknown to this version of zmqagent") from None
 
 
 def parse(message: Message) -> Command:

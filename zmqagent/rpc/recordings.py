@@ -1,0 +1,237 @@
+"""torch's legacy profiler, and beside it what that cannot record: spans of calls, what callees did, callbacks on other threads.
+
+torch's profiler is thread-local, and its records can only be taken out where they were made. So a `Profile` collects from
+several places:
+
+- the records of torch's profiler in the thread that the user profiles. `entered` and `left` stand around torch's own switching on
+  and off, and `left` adds the rest of the profile to what torch returns;
+- the records of `recording` on other threads: of a function that runs here for a caller who profiles, and of the callbacks of
+  a profiled call's future;
+- spans of calls, with what callees have sent.
+
+What comes after a profile has ended is dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch._C import _autograd
+from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
+
+from zmqagent.rpc.profile_records import Record, Records, Values, from_remote, from_torch, started_by
+from zmqagent.wire.types import WorkerId
+
+__all__ = ["CallSpan", "Flags", "Profile", "current_profile", "entered", "flags_of", "left", "remember"]
+
+_PATIENCE_S = 0.1
+"""How long the end of a profile waits for callbacks on other threads, whose events would be lost. Those that completed what the
+profiled thread waited for are returning at this moment; one that runs longer is not waited for."""
+
+# In a dict, which rebinding torch's names does not reach: these are torch's own.
+_TORCH: dict[str, Callable[..., Any]] = {
+    "enable": _autograd._enable_profiler_legacy,
+    "disable": _autograd._disable_profiler_legacy,
+}
+
+_handles = itertools.count(1 << 62)
+"""Handles of spans; torch counts its own from 1."""
+
+
+class Flags(enum.IntFlag):
+    """What a profiler records besides names and times."""
+
+    CUDA = 1
+    SHAPES = 2
+    MEMORY = 4
+    STACK = 8
+    FLOPS = 16
+    MODULES = 32
+
+    def config(self) -> ProfilerConfig:
+        """For torch's profiler here; without the times of accelerators if there are none."""
+        use_cuda = Flags.CUDA in self and torch.cuda.is_available()
+        state = ProfilerState.CUDA if use_cuda else ProfilerState.CPU
+        return ProfilerConfig(
+            state,
+            Flags.SHAPES in self,
+            Flags.MEMORY in self,
+            Flags.STACK in self,
+            Flags.FLOPS in self,
+            Flags.MODULES in self,
+            _ExperimentalConfig(),
+        )
+
+
+_flags: WeakKeyDictionary[ProfilerConfig, Flags] = WeakKeyDictionary()
+
+
+def remember(
+    config: ProfilerConfig,
+    state: ProfilerState,
+    shapes: bool,
+    memory: bool,
+    stack: bool = False,
+    flops: bool = False,
+    modules: bool = False,
+    *_: Any,
+    **__: Any,
+) -> None:
+    """Takes note of what a configuration was made with, since it cannot be asked."""
+    wanted = Flags(0)
+    for flag, value in zip(Flags, (state == ProfilerState.CUDA, shapes, memory, stack, flops, modules), strict=True):
+        if value:
+            wanted |= flag
+    _flags[config] = wanted
+
+
+def flags_of(config: ProfilerConfig) -> Flags:
+    """What ``config`` was made with; nothing if that was before this package came."""
+    return _flags.get(config, Flags(0))
+
+
+class Profile:
+    """Collects what one profiler is to show."""
+
+    def __init__(self, flags: Flags) -> None:
+        self.flags = flags
+        # Protects all below; told when a recording ends.
+        self._changed = threading.Condition()
+        self._records: Records = []
+        self._spans: list[CallSpan] = []
+        self._running = 0
+        self._is_open = True
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Has torch's profiler record what the body does on this thread. Does nothing if one is on here already, or if this
+        profile has ended."""
+        if torch.autograd._profiler_enabled() or not self._count(1):
+            yield
+            return
+        _TORCH["enable"](self.flags.config())
+        recording = _here.recording = _Recording(self)
+        try:
+            yield
+        finally:
+            # Unless it was stopped in the middle, by `close` or by user code that switched torch's profiler off.
+            if _here.recording is recording and torch.autograd._profiler_enabled():
+                self._stop(recording)
+
+    def _count(self, change: int) -> bool:
+        with self._changed:
+            if change > 0 and not self._is_open:
+                return False
+            self._running += change
+            self._changed.notify_all()
+            return True
+
+    def _stop(self, recording: _Recording) -> None:
+        _here.recording = None
+        events = _TORCH["disable"]()
+        recording.thread_id = started_by(events).thread_id()
+        with self._changed:
+            self._records += from_torch(events)
+        self._count(-1)
+
+    def add(self, span: CallSpan, records: Records) -> None:
+        """A call has ended, and ``records`` are what its callee sent."""
+        with self._changed:
+            if self._is_open:
+                self._spans.append(span)
+                self._records += records
+
+    def so_far(self) -> Records:
+        """What has been collected."""
+        with self._changed:
+            return [*self._records, *(span.records() for span in self._spans)]
+
+    def close(self) -> Records:
+        """Ends the profile, and with it a recording for it on this thread; returns what was collected."""
+        recording = _here.recording
+        if recording is not None and recording.profile is self and torch.autograd._profiler_enabled():
+            self._stop(recording)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running, _PATIENCE_S)
+            self._is_open = False
+        return self.so_far()
+
+
+class _Recording:
+    """One thread's profiler while it is on."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.thread_id = 0
+        """torch's number of the thread, which shows when the records are there."""
+
+
+class _Here(threading.local):
+    recording: _Recording | None = None
+
+
+_here = _Here()
+
+
+class CallSpan:
+    """A call of the thread that is being profiled, from now on until `end`."""
+
+    def __init__(self, name: str, node: WorkerId, now_ns: int) -> None:
+        """Takes the time in ns since the epoch, as do torch's records."""
+        self._recording = _recording_here()
+        self._name = name
+        self._node = node
+        self._began_ns = self._ended_ns = now_ns
+        self._handle = next(_handles)
+
+    @property
+    def profile(self) -> Profile:
+        """What the call belongs to."""
+        return self._recording.profile
+
+    def end(self, now_ns: int, callees: Records) -> None:
+        """The call is over; ``callees`` are the records that its answer brought."""
+        self._ended_ns = now_ns
+        self.profile.add(self, from_remote(callees, self._name, self._began_ns, now_ns))
+
+    def records(self) -> list[Record]:
+        """The span as torch would have recorded it."""
+        thread = self._recording.thread_id
+        scope = RecordScope.USER_SCOPE.value
+        push = Values("push", self._name, thread, self._handle, self._node, self._began_ns, is_async=True, scope=scope)
+        return [Record(push), Record(Values("pop", "", thread, self._handle, self._node, self._ended_ns))]
+
+
+def current_profile() -> Profile:
+    """What torch's legacy profiler, which must be on in this thread, records for."""
+    return _recording_here().profile
+
+
+def _recording_here() -> _Recording:
+    if _here.recording is None:
+        # Switched on before this package came, or by torch on a thread of its own: nobody said what is wanted.
+        _here.recording = _Recording(Profile(Flags(0)))
+    return _here.recording
+
+
+def entered(config: ProfilerConfig) -> None:
+    """The user has switched torch's profiler on in this thread."""
+    _here.recording = _Recording(Profile(flags_of(config)))
+
+
+def left(events: list[list[Any]]) -> list[list[Any]]:
+    """The user has switched it off, and ``events`` is what torch returned: returns that and the rest of the profile."""
+    recording = _here.recording
+    if recording is None or not events:
+        return events
+    _here.recording = None
+    recording.thread_id = started_by(events).thread_id()
+    rest = recording.profile.close()
+    return [*from_torch(events), *rest] if rest else events
