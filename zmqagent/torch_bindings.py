@@ -111,6 +111,7 @@ METHODS: tuple[Seam, ...] = (
     Seam(_API, "__new__", owner="RRef"),
     Seam(_RPC, "_deserialize", owner="PyRRef"),
     Seam("torch._C._profiler", "__init__", owner="ProfilerConfig", takes_self=True),
+    Seam("torch.autograd.profiler", "_call_end_callbacks_on_future", owner="record_function", takes_self=True),
 )
 """Methods, rebound on their class."""
 

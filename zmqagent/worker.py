@@ -23,6 +23,7 @@ from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import AlreadyInitializedError, RpcError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.rpc.failures import raising
 from zmqagent.rpc.futures import collect_all, wait_all
 from zmqagent.rpc.invoke import CallPickler, Invoker
 from zmqagent.rpc.messenger import Messenger
@@ -145,6 +146,7 @@ class Worker:
             "_invoke_remote_python_udf": self._invoker.remote_python_udf,
             "_invoke_remote_torchscript": self._invoker.remote_torchscript,
             "_enable_rpc_profiler": self._profiler.profiled_call,
+            "record_function._call_end_callbacks_on_future": _end_with_future,
             "_enable_server_process_global_profiler": self._profiler.enable_server,
             "_disable_server_process_global_profiler": self._profiler.disable_server,
             "collect_all": collect_all,
@@ -200,6 +202,11 @@ class Worker:
         """The last step of torch's ``shutdown``: the agent has ended."""
         self._contexts.close(ShutdownError(f"worker {self.agent.get_worker_info().name} has shut down"))
         torch_bindings.deactivate()
+
+
+def _end_with_future(record: Any, future: Any) -> Any:
+    """torch's own, which returns a future that would take a call's failure for its value."""
+    return raising(torch_bindings.original("record_function._call_end_callbacks_on_future")(record, future))
 
 
 def _gradients(contexts: DistAutogradContainer, context_id: int) -> Any:

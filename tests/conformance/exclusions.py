@@ -10,7 +10,6 @@ __all__ = ["KNOWN_FAILURES", "NOT_APPLICABLE"]
 
 _NAMES_TENSORPIPE = "names TENSORPIPE (or FAULTY_TENSORPIPE) itself, so that it proves nothing of another backend"
 
-_PROFILING = "what a callee records for its caller's profiler is not sent back yet"
 _DYNAMIC = "groups that workers join at run time (world_size=None) do not exist yet"
 
 # TorchScript runs in C++. RPC in there, and the RRefs it knows, are those of torch's own agent, which is written in C++ too.
@@ -87,40 +86,6 @@ _SCRIPT_TESTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Reason -> suite -> tests."""
 
-_PROFILER_TESTS: dict[str, tuple[str, ...]] = {
-    "RpcTest": (
-        "test_profiler_export_trace",
-        "test_profiler_remote_events_profiled",
-        "test_profiler_remote_events_profiled_single_threaded",
-        "test_profiler_rpc_memory",
-        "test_profiler_rpc_record_shapes",
-        "test_profiler_with_async_rpc_builtin",
-        "test_profiler_with_async_rpc_builtin_single_threaded",
-        "test_profiler_with_async_rpc_udf",
-        "test_profiler_with_async_rpc_udf_single_threaded",
-        "test_profiler_with_autograd_context",
-        "test_profiler_with_autograd_context_single_threaded",
-        "test_profiler_with_remote_builtin",
-        "test_profiler_with_remote_builtin_single_threaded",
-        "test_profiler_with_remote_udf",
-        "test_profiler_with_remote_udf_single_threaded",
-        "test_profiler_with_script_async_rpc",
-        "test_profiler_with_script_async_rpc_single_threaded",
-        "test_profiler_with_script_remote_rpc",
-        "test_profiler_with_script_remote_rpc_single_threaded",
-        "test_profiler_with_script_sync_rpc",
-        "test_profiler_with_script_sync_rpc_single_threaded",
-        "test_profiler_with_sync_rpc_builtin",
-        "test_profiler_with_sync_rpc_builtin_single_threaded",
-        "test_profiler_with_sync_rpc_udf",
-        "test_profiler_with_sync_rpc_udf_single_threaded",
-        "test_rpc_profiling_async_function",
-        "test_rpc_profiling_async_function_single_threaded",
-        "test_rpc_profiling_remote_record_function",
-        "test_server_process_global_profiler",
-    ),
-}
-
 _DYNAMIC_GROUP_TESTS: dict[str, tuple[str, ...]] = {
     "TensorPipeAgentRpcTest": (
         "test_dynamic_and_static_init_rpc_together",
@@ -148,7 +113,6 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
     "ZMQ": {
-        **_each(_PROFILER_TESTS, _PROFILING),
         **_each(_DYNAMIC_GROUP_TESTS, _DYNAMIC),
     },
 }

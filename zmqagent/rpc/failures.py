@@ -22,7 +22,7 @@ from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError,
 from zmqagent.rpc import pickler
 from zmqagent.wire.commands import Failure, Pickled
 
-__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "rebuild"]
+__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "raising", "rebuild"]
 
 _logger = logging.getLogger(__name__)
 
@@ -138,8 +138,12 @@ def _unwrap(value: Any) -> None:
         raise value.make()
 
 
-def new_future() -> Future[Any]:
-    """A future whose ``set_result(Failed(...))`` makes ``wait`` raise."""
-    future: Future[Any] = Future()
+def raising(future: Future[Any]) -> Future[Any]:
+    """``future``, so that a `Failed` as its result makes ``wait`` raise."""
     future._set_unwrap_func(_unwrap)
     return future
+
+
+def new_future() -> Future[Any]:
+    """A future whose ``set_result(Failed(...))`` makes ``wait`` raise."""
+    return raising(Future())

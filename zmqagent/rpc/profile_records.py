@@ -217,6 +217,7 @@ def _checked(values: Any) -> Values:
     if type(values) is not tuple or list(map(type, values)) != _TYPES:
         raise ProtocolError(f"a record of a profiled call does not fit {Values._fields}: {values!r:.200}")
     record = Values(*values)
-    if {type(shape) for shape in record.shapes} - {tuple} or {type(entry) for entry in record.stack} - {str}:
+    are_shapes = all(type(shape) is tuple and {*map(type, shape)} <= {int} for shape in record.shapes)
+    if not are_shapes or {*map(type, record.stack)} - {str}:
         raise ProtocolError(f"a record of a profiled call has shapes and a stack, but {values!r:.200} arrived")
     return record

@@ -31,9 +31,9 @@ from zmqagent.wire.types import WorkerId
 
 __all__ = ["CallSpan", "Flags", "Profile", "current_profile", "entered", "flags_of", "left", "remember"]
 
-_PATIENCE_S = 0.1
+_PATIENCE_S = 1.0
 """How long the end of a profile waits for callbacks on other threads, whose events would be lost. Those that completed what the
-profiled thread waited for are returning at this moment; one that runs longer is not waited for."""
+profiled thread waited for are returning at this moment; one that runs on is not waited for any longer."""
 
 # In a dict, which rebinding torch's names does not reach: these are torch's own.
 _TORCH: dict[str, Callable[..., Any]] = {
