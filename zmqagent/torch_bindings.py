@@ -23,6 +23,7 @@ from zmqagent.script_operators import NAMESPACE
 
 __all__ = [
     "FUNCTIONS",
+    "HOOKS",
     "METHODS",
     "OPERATORS",
     "SWAPS",
@@ -115,6 +116,9 @@ METHODS: tuple[Seam, ...] = (
 )
 """Methods, rebound on their class."""
 
+HOOKS: tuple[Seam, ...] = (Seam("torch.distributed.nn.api.remote_module", "__prepare_scriptable__", owner="_RemoteModule"),)
+"""Methods that torch calls if a class has them, added by this package. While no agent of ours runs, each returns its object."""
+
 SWAPS: tuple[Seam, ...] = (
     Seam(_API, "_default_pickler"),
     Seam(_API, "_internal_rpc_pickler"),
@@ -161,6 +165,8 @@ def install(standing: Mapping[str, Callable[..., Any]]) -> None:
                 _shadowed[seam] = vars(seam.holder())[seam.name]
             dispatcher = _dispatcher(seam.key, method)
             setattr(seam.holder(), seam.name, dispatcher if seam.takes_self else staticmethod(dispatcher))
+        for seam in HOOKS:
+            setattr(seam.holder(), seam.name, _dispatcher(seam.key, _itself))
         _standing = dict(standing)
         _replacements = _standing
 
@@ -182,6 +188,8 @@ def uninstall() -> None:
                 setattr(seam.holder(), seam.name, _shadowed.pop(seam))
             else:
                 delattr(seam.holder(), seam.name)
+        for seam in HOOKS:
+            delattr(seam.holder(), seam.name)
         _originals.clear()
         _standing = _replacements = {}
 
@@ -238,6 +246,10 @@ def _dispatcher(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return _replacements.get(key, function)(*args, **kwargs)
 
     return dispatch
+
+
+def _itself(owner: Any) -> Any:
+    return owner
 
 
 def _tell_compiler(dispatchers: Mapping[int, tuple[str, Any]]) -> None:

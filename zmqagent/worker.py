@@ -28,6 +28,7 @@ from zmqagent.rpc.futures import collect_all, wait_all
 from zmqagent.rpc.invoke import CallPickler, Invoker
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import RpcProfiler
+from zmqagent.rpc.remote_module import scriptable_form
 from zmqagent.rpc.request_callback import RpcRequestCallback
 from zmqagent.rpc.rref_calls import RpcRRefCalls
 from zmqagent.rpc.shares import give_back
@@ -145,6 +146,7 @@ class Worker:
             "_invoke_remote_builtin": self._invoker.remote_builtin,
             "_invoke_remote_python_udf": self._invoker.remote_python_udf,
             "_invoke_remote_torchscript": self._invoker.remote_torchscript,
+            "_RemoteModule.__prepare_scriptable__": scriptable_form,
             "_enable_rpc_profiler": self._profiler.profiled_call,
             "record_function._call_end_callbacks_on_future": _end_with_future,
             "_enable_server_process_global_profiler": self._profiler.enable_server,

@@ -74,14 +74,6 @@ _SCRIPT_TESTS: dict[str, dict[str, tuple[str, ...]]] = {
             "test_load_script_module_with_pickled_rref",
             "test_my_script_module_with_rrefs",
         ),
-        "RemoteModuleTest": (
-            "test_forward_async",
-            "test_forward_async_script",
-            "test_forward_sync",
-            "test_forward_sync_script",
-            "test_remote_module_py_pickle_not_supported_script",
-        ),
-        "ThreeWorkersRemoteModuleTest": ("test_send_remote_module_over_the_wire_script_not_supported",),
     },
 }
 """Reason -> suite -> tests."""

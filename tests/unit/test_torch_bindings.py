@@ -14,7 +14,7 @@ import torch.distributed.rpc as rpc
 
 import zmqagent.backend
 from zmqagent import torch_bindings
-from zmqagent.torch_bindings import FUNCTIONS, METHODS, OPERATORS, SWAPS, Seam
+from zmqagent.torch_bindings import FUNCTIONS, HOOKS, METHODS, OPERATORS, SWAPS, Seam
 
 MISSING = object()
 
@@ -58,6 +58,18 @@ def test_an_object_is_swapped_only_while_a_worker_runs(torchs_own: None, seam: S
     assert _held(seam) is ours
     torch_bindings.deactivate()
     assert _held(seam) is before
+
+
+@pytest.mark.parametrize("seam", HOOKS, ids=_ids(HOOKS))
+def test_an_added_method_gives_its_object_unless_a_worker_runs_and_goes_again(torchs_own: None, seam: Seam) -> None:
+    assert _held(seam) is MISSING
+    torch_bindings.install({})
+    thing = object.__new__(seam.holder())
+    assert getattr(thing, seam.name)() is thing
+    torch_bindings.activate({seam.key: lambda owner: ("ours", owner)})
+    assert getattr(thing, seam.name)() == ("ours", thing)
+    torch_bindings.uninstall()
+    assert _held(seam) is MISSING
 
 
 def test_installing_twice_changes_nothing_more(torchs_own: None) -> None:

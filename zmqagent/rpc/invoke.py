@@ -30,6 +30,7 @@ from zmqagent.rpc.eager_optimizer import EAGER_FORMS
 from zmqagent.rpc.failures import Failed, new_future
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import current_call
+from zmqagent.rpc.remote_module import is_remote_forward, remote_forward
 from zmqagent.rpc.results import complete
 from zmqagent.rpc.scripts import check_arguments
 from zmqagent.rref.context import RRefContext
@@ -109,7 +110,7 @@ class Invoker:
     ) -> Future[Any]:
         """Runs the TorchScript function ``name`` on the worker ``dst_name``."""
         dst = self._worker(dst_name)
-        eager = EAGER_FORMS.get(name)
+        eager = remote_forward if is_remote_forward(name) else EAGER_FORMS.get(name)
         if eager is not None:
             call = _pickle(self._rrefs, PythonUDF(eager, args, kwargs))
             return self._call(dst, call, PythonCall(call.body, is_async).to_message(), timeout, attach_always=True)
