@@ -53,6 +53,19 @@ def test_a_configuration_is_remembered_and_made_again(flag: Flags) -> None:
     assert flags_of(Flags(flag).config()) == wanted
 
 
+def test_a_configuration_made_by_keywords_is_remembered_too() -> None:
+    config = ProfilerConfig(
+        state=ProfilerState.CPU,
+        report_input_shapes=False,
+        profile_memory=True,
+        with_stack=False,
+        with_flops=True,
+        with_modules=False,
+        experimental_config=torch.profiler._ExperimentalConfig(),
+    )
+    assert flags_of(config) == Flags.MEMORY | Flags.FLOPS
+
+
 def test_the_flag_for_accelerators_is_told_to_callees() -> None:
     config = ProfilerConfig(ProfilerState.CUDA, True, False, False, False, False, torch.profiler._ExperimentalConfig())
     assert flags_of(config) == Flags.CUDA | Flags.SHAPES

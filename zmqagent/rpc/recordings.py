@@ -76,17 +76,18 @@ _flags: WeakKeyDictionary[ProfilerConfig, Flags] = WeakKeyDictionary()
 def remember(
     config: ProfilerConfig,
     state: ProfilerState,
-    shapes: bool,
-    memory: bool,
-    stack: bool = False,
-    flops: bool = False,
-    modules: bool = False,
+    report_input_shapes: bool,
+    profile_memory: bool,
+    with_stack: bool,
+    with_flops: bool,
+    with_modules: bool,
     *_: Any,
     **__: Any,
 ) -> None:
-    """Takes note of what a configuration was made with, since it cannot be asked."""
+    """Takes note of what ``config`` was made with, under torch's names, since it cannot be asked."""
+    values = (state == ProfilerState.CUDA, report_input_shapes, profile_memory, with_stack, with_flops, with_modules)
     wanted = Flags(0)
-    for flag, value in zip(Flags, (state == ProfilerState.CUDA, shapes, memory, stack, flops, modules), strict=True):
+    for flag, value in zip(Flags, values, strict=True):
         if value:
             wanted |= flag
     _flags[config] = wanted
@@ -113,11 +114,10 @@ class Profile:
     def recording(self) -> Iterator[None]:
         """Has torch's profiler record what the body does on this thread. Does nothing if one is on here already, or if this
         profile has ended."""
-        if torch.autograd._profiler_enabled() or not self._count(1):
+        recording = None if torch.autograd._profiler_enabled() else self._start()
+        if recording is None:
             yield
             return
-        _TORCH["enable"](self.flags.config())
-        recording = _here.recording = _Recording(self)
         try:
             yield
         finally:
@@ -125,21 +125,24 @@ class Profile:
             if _here.recording is recording and torch.autograd._profiler_enabled():
                 self._stop(recording)
 
-    def _count(self, change: int) -> bool:
+    def _start(self) -> _Recording | None:
         with self._changed:
-            if change > 0 and not self._is_open:
-                return False
-            self._running += change
-            self._changed.notify_all()
-            return True
+            if not self._is_open:
+                return None
+            _TORCH["enable"](self.flags.config())
+            self._running += 1
+        _here.recording = _Recording(self)
+        return _here.recording
 
     def _stop(self, recording: _Recording) -> None:
         _here.recording = None
         events = _TORCH["disable"]()
         recording.thread_id = started_by(events).thread_id()
+        records = from_torch(events)
         with self._changed:
-            self._records += from_torch(events)
-        self._count(-1)
+            self._records += records
+            self._running -= 1
+            self._changed.notify_all()
 
     def add(self, span: CallSpan, records: Records) -> None:
         """A call has ended, and ``records`` are what its callee sent."""
