@@ -14,6 +14,8 @@ from torch.distributed.rpc import backend_registry
 
 from zmqagent import torch_bindings
 from zmqagent.agent.detour import Detour
+from zmqagent.agent.directory import UNDRAWN
+from zmqagent.dynamic_worker import DynamicWorker
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.rpc import recordings, trace_spans
@@ -55,6 +57,7 @@ def register() -> None:
     """Makes ``BackendType.ZMQ`` exist, in torch's own enum, so that members taken earlier stay valid. Harmless when repeated."""
     torch_bindings.install(
         {
+            "_create_store_from_options": _create_store,
             "_init": _record_autograd_rank,
             "_set_profiler_node_id": _record_profiler_node,
             "init_backend": _init_backend,
@@ -145,6 +148,13 @@ def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:
     return torch_bindings.original("init_backend")(backend, *args, **kwargs)
 
 
+def _create_store(options: Any, rank: int) -> Any:
+    """torch's ``_create_store_from_options``, which makes the store of a dynamic group and insists on a rank."""
+    is_drawn = rank == UNDRAWN and isinstance(options, ZmqRpcBackendOptions) and options.draw_rank
+    # torch only looks whether it is 0, the rank whose process serves the store.
+    return torch_bindings.original("_create_store_from_options")(options, 1 if is_drawn else rank)
+
+
 def _construct_options(
     options: type[ZmqRpcBackendOptions], rpc_timeout: float, init_method: str, **kwargs: Any
 ) -> ZmqRpcBackendOptions:
@@ -159,9 +169,7 @@ def _init_worker(
         raise InvalidTypeError(f"`store` must be a c10d::Store. {store}")
     options = _own_options(backend, rpc_backend_options)
     if not world_size:
-        raise InvalidOptionError(
-            "world_size must be given: this release of zmqagent runs groups whose workers are all known when they start"
-        )
+        return DynamicWorker.join(store, name, rank, options, _variants[backend].make_detour(options)).agent
     if not 0 <= rank < world_size:
         raise InvalidOptionError(
             f"rank {rank} of worker {name!r} lies outside 0 to {world_size - 1}, the ranks of a group of {world_size}"

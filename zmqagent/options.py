@@ -44,6 +44,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         devices: this worker's accelerators; by default those that the maps in both directions name. Not used yet either.
         transport: how workers reach each other: ``"ipc"`` (on one host), ``"tcp"``, or ``"auto"``: ipc if all share a host.
         bind_address: the address or name of an interface to listen on; by default the one that reaches the meeting point.
+        draw_rank: in a dynamic group (``init_rpc`` without ``world_size``), ``init_rpc`` may be called without a rank too: the
+            worker gets one that nobody in the group has had.
 
     Raises:
         InvalidOptionError: a value is out of its range (also a ``ValueError``).
@@ -60,6 +62,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         devices: Iterable[DeviceLike] | None = None,
         transport: TransportName = "auto",
         bind_address: str | None = None,
+        draw_rank: bool = False,
     ) -> None:
         super().__init__(_seconds(rpc_timeout), _text("init_method", init_method))
         self.num_worker_threads = num_worker_threads
@@ -69,6 +72,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self.devices = [] if devices is None else devices
         self.transport = transport
         self.bind_address = bind_address
+        self.draw_rank = draw_rank
 
     @classmethod
     def from_tensorpipe(cls, options: TensorPipeRpcBackendOptions) -> Self:
@@ -157,6 +161,17 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
     def bind_address(self, value: str | None) -> None:
         self._bind_address = None if value is None else _text("bind_address", value)
 
+    @property
+    def draw_rank(self) -> bool:
+        """Whether a worker of a dynamic group that comes without a rank is given one."""
+        return self._draw_rank
+
+    @draw_rank.setter
+    def draw_rank(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise InvalidTypeError(f"draw_rank must be a bool, but got {_described(value)}")
+        self._draw_rank = value
+
     def set_device_map(self, to: str, device_map: Mapping[DeviceLike, DeviceLike]) -> None:
         """Adds to the device map for callee ``to``; may be called several times for one callee.
 
@@ -181,7 +196,10 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self.devices = devices
 
     def __repr__(self) -> str:
-        names = ("num_worker_threads", "rpc_timeout", "init_method", "device_maps", "devices", "transport", "bind_address")
+        names = (
+            *("num_worker_threads", "rpc_timeout", "init_method", "device_maps", "devices", "transport", "bind_address"),
+            "draw_rank",
+        )
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 

@@ -42,6 +42,7 @@ _REGISTRY = "torch.distributed.rpc.backend_registry"
 _FUTURES = "torch.futures"
 _PROFILERS = "torch._C._autograd"
 _API = "torch.distributed.rpc.api"
+_RENDEZVOUS = "torch.distributed.rendezvous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ FUNCTIONS: tuple[Seam, ...] = (
     Seam(_PROFILERS, "_disable_profiler_legacy"),
     Seam(_PROFILERS, "_enable_profiler_legacy"),
     Seam(_API, "_enable_rpc_profiler"),
+    Seam(_API, "_all_gather"),
     Seam(_API, "_wait_all_workers"),
+    Seam(_API, "shutdown"),
+    Seam(_RENDEZVOUS, "_create_store_from_options"),
     Seam(_REGISTRY, "init_backend"),
     Seam(_REGISTRY, "register_backend"),
     Seam(_FUTURES, "collect_all"),

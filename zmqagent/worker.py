@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlparse
 
 import torch.distributed as dist
 from torch.distributed.rpc import api
 
 from zmqagent import torch_bindings
 from zmqagent.agent.agent import ZmqRpcAgent
+from zmqagent.agent.checks import check_group, check_name, check_worker_id
 from zmqagent.agent.detour import Detour
-from zmqagent.agent.membership import check_group, check_name, check_worker_id
 from zmqagent.agent.rendezvous import Rendezvous
+from zmqagent.agent.roster import check_static
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import AlreadyInitializedError, RpcError, ShutdownError
@@ -33,11 +32,13 @@ from zmqagent.rpc.request_callback import RpcRequestCallback
 from zmqagent.rpc.rref_calls import RpcRRefCalls
 from zmqagent.rpc.shares import give_back
 from zmqagent.rref.context import RRefContext
-from zmqagent.transport.hosts import describe_self, host_identity, local_address_towards
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.base import PeerRecord
+from zmqagent.transport.binding import bind
+from zmqagent.transport.hosts import describe_self, host_identity
+from zmqagent.transport.probe import has_ended
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "draw_incarnation"]
 
 _logger = logging.getLogger(__name__)
 
@@ -47,13 +48,14 @@ _INCARNATION_BITS = 63
 class Worker:
     """All parts of one worker. `start` joins the group; torch's ``shutdown`` ends it through the names in `replacements`."""
 
-    def __init__(self, agent: ZmqRpcAgent) -> None:
+    def __init__(self, agent: ZmqRpcAgent, first_local_id: int = 0) -> None:
         self.agent = agent
-        self._contexts = DistAutogradContainer(agent)
+        self._contexts = DistAutogradContainer(agent, first_local_id)
         self._engine = DistEngine(self._contexts, agent)
         messenger = Messenger(agent, self._contexts)
         self._profiler = RpcProfiler(agent)
-        self._rrefs = RRefContext(agent, RpcRRefCalls(agent, messenger, self._engine, self._profiler))
+        rref_calls = RpcRRefCalls(agent, messenger, self._engine, self._profiler)
+        self._rrefs = RRefContext(agent, rref_calls, first_local_id=first_local_id)
         self._invoker = Invoker(messenger, self._rrefs)
         self._callback = RpcRequestCallback(agent, messenger, self._contexts, self._engine, self._rrefs, self._profiler)
 
@@ -79,9 +81,10 @@ class Worker:
         try:
             check_name(name)
             check_worker_id(rank, world_size)
+            check_static(store, has_ended)
             hosts = rendezvous.hosts(host_identity())
-            incarnation = random.SystemRandom().getrandbits(_INCARNATION_BITS)
-            transport = _bind(options, incarnation, share_host=len(set(hosts)) == 1)
+            incarnation = draw_incarnation()
+            transport = bind(options, incarnation, share_host=len(set(hosts)) == 1)
         except RpcError as error:
             rendezvous.refuse(error)
             raise
@@ -94,19 +97,27 @@ class Worker:
             transport.close(linger=0)
             raise
         try:
-            worker.agent.enter(records)
-            # What torch's profilers record from now on bears this worker's id.
-            torch_bindings.original("_set_profiler_node_id")(int(me.worker_id))
-            # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
-            torch_bindings.activate(worker.replacements())
-            api._init_rpc_states(worker.agent)
-            worker.agent.start(worker._callback, worker._on_worker_lost, give_back, worker._keep_house)
+            worker._begin(records)
         except BaseException:
-            worker._rrefs.close()
-            worker.agent.shutdown()
-            worker._end()
+            worker._abandon()
             raise
         return worker
+
+    def _begin(self, records: Iterable[PeerRecord]) -> None:
+        """Takes in the group, and starts to serve it."""
+        self.agent.enter(records)
+        # What torch's profilers record from now on bears this worker's id.
+        torch_bindings.original("_set_profiler_node_id")(int(self.agent.worker_id))
+        # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
+        torch_bindings.activate(self.replacements())
+        api._init_rpc_states(self.agent)
+        self.agent.start(self._callback, self._on_worker_lost, give_back, self._keep_house, self._on_worker_joined)
+
+    def _abandon(self) -> None:
+        """Undoes whatever `_begin` did."""
+        self._rrefs.close()
+        self.agent.shutdown()
+        self._end()
 
     def _keep_house(self) -> None:
         self._contexts.collect()
@@ -114,6 +125,12 @@ class Worker:
 
     def _on_worker_lost(self, worker_id: WorkerId, error: RpcError) -> None:
         torch_bindings.release_gatherings()
+        self._end_work_with(worker_id, error)
+
+    def _on_worker_joined(self, worker_id: WorkerId) -> None:
+        raise AssertionError(f"worker {worker_id} joined a static group")
+
+    def _end_work_with(self, worker_id: WorkerId, error: RpcError) -> None:
         self._engine.on_worker_lost(worker_id, error)
         self._contexts.release_opened_by(worker_id, error)
         self._rrefs.on_worker_lost(worker_id, error)
@@ -215,17 +232,6 @@ def _gradients(contexts: DistAutogradContainer, context_id: int) -> Any:
     return contexts.retrieve_context(context_id).gradients()
 
 
-def _bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> ZmqTransport:
-    """A transport on which this worker can be reached: a Unix socket alone if all workers share a host, TCP otherwise."""
-    ipc = options.transport != "tcp"
-    tcp = options.transport == "tcp" or (options.transport == "auto" and not share_host)
-    if not tcp:
-        return ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
-    address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
-    return ZmqTransport(ipc=ipc, tcp_host=address, incarnation=incarnation)
-
-
-def _store_host(init_method: str) -> str:
-    """The host of the rendezvous store; empty if it is a file."""
-    url = urlparse(init_method)
-    return os.environ.get("MASTER_ADDR", "") if url.scheme == "env" else url.hostname or ""
+def draw_incarnation() -> int:
+    """A number that no other life of any worker has."""
+    return random.SystemRandom().getrandbits(_INCARNATION_BITS)

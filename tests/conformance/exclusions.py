@@ -10,7 +10,6 @@ __all__ = ["KNOWN_FAILURES", "NOT_APPLICABLE"]
 
 _NAMES_TENSORPIPE = "names TENSORPIPE (or FAULTY_TENSORPIPE) itself, so that it proves nothing of another backend"
 
-_DYNAMIC = "groups that workers join at run time (world_size=None) do not exist yet"
 
 # TorchScript runs in C++. RPC in there, and the RRefs it knows, are those of torch's own agent, which is written in C++ too.
 _CALLS_IN_SCRIPT = "calls RPC inside a TorchScript function, which runs in C++ and cannot reach an agent written in Python"
@@ -78,15 +77,6 @@ _SCRIPT_TESTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Reason -> suite -> tests."""
 
-_DYNAMIC_GROUP_TESTS: dict[str, tuple[str, ...]] = {
-    "TensorPipeAgentRpcTest": (
-        "test_dynamic_and_static_init_rpc_together",
-        "test_dynamic_rpc_existing_rank_can_communicate_with_new_rank",
-        "test_dynamic_rpc_init_rpc",
-        "test_dynamic_rpc_new_rank_can_communicated_with_existing_rank",
-    ),
-}
-
 
 def _each(tests: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:
     return {f"{suite}.{test}": reason for suite, names in tests.items() for test in names}
@@ -103,9 +93,5 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
 }
 """Backend -> ``Suite.test`` -> reason."""
 
-KNOWN_FAILURES: dict[str, dict[str, str]] = {
-    "ZMQ": {
-        **_each(_DYNAMIC_GROUP_TESTS, _DYNAMIC),
-    },
-}
+KNOWN_FAILURES: dict[str, dict[str, str]] = {"ZMQ": {}}
 """Backend -> ``Suite.test`` -> reason."""

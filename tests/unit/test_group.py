@@ -7,7 +7,15 @@ from collections.abc import Callable
 import pytest
 
 from zmqagent.agent.group import Group
-from zmqagent.agent.membership_events import MemberState, SayGoodbye, SendBarrier, WorkerGone
+from zmqagent.agent.membership_events import (
+    Announcement,
+    MemberState,
+    SayGoodbye,
+    SendAnnouncement,
+    SendBarrier,
+    WorkerCame,
+    WorkerGone,
+)
 from zmqagent.exceptions import RpcError, RpcTimeoutError, ShutdownError, UnknownWorkerError, WorkerLostError
 from zmqagent.transport.base import Event, Frames, PeerDown, PeerRecord, PeerSuspected, PeerUp, Transport
 from zmqagent.wire.types import WorkerId
@@ -51,14 +59,18 @@ class View:
 
     def __init__(self, me: PeerRecord) -> None:
         self.transport = Switchboard()
+        self.came: list[WorkerCame] = []
         self.gone: list[WorkerGone] = []
+        self.announcements: list[SendAnnouncement] = []
         self.sent: list[SendBarrier] = []
         self.goodbyes: list[SayGoodbye] = []
         self.outcomes: list[int | RpcError] = []
         self.group = Group(
             me,
             self.transport,
+            on_came=self.came.append,
             on_gone=self.gone.append,
+            send_announcement=self.announcements.append,
             send_barrier=self.sent.append,
             say_goodbye=self.goodbyes.append,
         )
@@ -160,3 +172,29 @@ def test_what_it_calls_may_call_back() -> None:
     dave = PeerRecord("dave", WorkerId(3), 13, "host", 1, ())
     view.group.join(dave)
     assert view.transport.connected[-1] == dave.worker_id
+
+
+def test_one_that_joins_later_is_told_of_when_it_can_be_sent_to() -> None:
+    view = View(ALICE)
+    dave = PeerRecord("dave", WorkerId(3), 13, "host", 1, (), ordinal=4)
+    view.group.join(dave)
+    assert view.came == [WorkerCame(dave)]
+    assert view.transport.connected[-1] == dave.worker_id
+
+
+def test_an_announcement_ends_when_everyone_has_answered() -> None:
+    view, ended = View(ALICE), []
+    view.group.announce(Announcement.LEAVE, lambda: ended.append(True))
+    assert [sent.to for sent in view.announcements] == [BOB, CAROL]
+    view.group.on_announcement_answered(Announcement.LEAVE, BOB)
+    assert [str(member) for member in view.group.untold(Announcement.LEAVE)] == ["'carol' (2)"]
+    assert ended == []
+    view.group.on_announcement_answered(Announcement.LEAVE, CAROL)
+    assert ended == [True]
+
+
+def test_a_goodbye_is_acknowledged_while_the_peer_can_still_be_sent_to() -> None:
+    view, connected = View(ALICE), []
+    view.group.on_goodbye(BOB.worker_id, BOB.incarnation, "it shut down", lambda: connected.extend(view.transport.connected))
+    assert connected == [BOB.worker_id, CAROL.worker_id]
+    assert view.transport.connected == [CAROL.worker_id]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from zmqagent.agent.membership import Membership, check_group, check_name, check_worker_id
+from zmqagent.agent.checks import check_group, check_name, check_worker_id
+from zmqagent.agent.membership import Membership
 from zmqagent.agent.membership_events import (
     BarrierEntered,
     BarrierUnanswered,

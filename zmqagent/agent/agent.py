@@ -17,29 +17,48 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch.distributed.rpc import WorkerInfo
 
-from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, Reply, RequestCallback, Respond
+from zmqagent.agent.admission import Admission, Departures
+from zmqagent.agent.barriers import Barriers
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
 from zmqagent.agent.group import Group
 from zmqagent.agent.interrupts import InterruptWatch
-from zmqagent.agent.membership_events import MemberState, SayGoodbye, SendBarrier, WorkerGone
-from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
+from zmqagent.agent.membership_events import Member, MemberState, SayGoodbye, SendAnnouncement, WorkerCame, WorkerGone
+from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError, WorkerLostError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord, Received, Transport
-from zmqagent.wire.commands import Barrier, BarrierPassed, Goodbye, parse
+from zmqagent.wire.commands import Goodbye, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
-__all__ = ["OnWorkerLost", "ZmqRpcAgent"]
+__all__ = ["OnWorkerJoined", "OnWorkerLost", "ZmqRpcAgent"]
 
 _logger = logging.getLogger(__name__)
 
+OnWorkerJoined = Callable[[WorkerId], None]
 OnWorkerLost = Callable[[WorkerId, RpcError], None]
+
+_USER_CALLS = frozenset(
+    {
+        MessageType.SCRIPT_CALL,
+        MessageType.PYTHON_CALL,
+        MessageType.SCRIPT_REMOTE_CALL,
+        MessageType.PYTHON_REMOTE_CALL,
+        MessageType.PYTHON_RREF_FETCH_CALL,
+        MessageType.FORWARD_AUTOGRAD_REQ,
+        MessageType.RUN_WITH_PROFILING_REQ,
+        MessageType.RREF_BACKWARD_REQ,
+    }
+)
+"""What a worker that leaves does not begin any more. All other requests belong to something that has begun before."""
 
 _GROUP_ENDED = "the group has ended"
 """The reason of a goodbye after the last barrier. What such a worker holds is not reclaimed: it must have let it go before."""
@@ -70,9 +89,17 @@ class ZmqRpcAgent:
         transport: bound, not used by anybody else; closed by `shutdown`.
         options: of this worker.
         detour: what its messages go through on their way out, if anything; closed by `shutdown`.
+        roster: keeps the directory of a dynamic group; None for a static one.
     """
 
-    def __init__(self, me: PeerRecord, transport: Transport, options: ZmqRpcBackendOptions, detour: Detour | None = None) -> None:
+    def __init__(
+        self,
+        me: PeerRecord,
+        transport: Transport,
+        options: ZmqRpcBackendOptions,
+        detour: Detour | None = None,
+        roster: Departures | None = None,
+    ) -> None:
         self._me = me
         self._info = WorkerInfo(me.name, me.worker_id)
         self._transport = transport
@@ -82,19 +109,28 @@ class ZmqRpcAgent:
         self._group = Group(
             me,
             transport,
+            on_came=self._on_worker_came,
             on_gone=self._on_worker_gone,
-            send_barrier=self._send_barrier,
+            send_announcement=self._announce,
+            send_barrier=lambda asked: self._barriers.send(asked),
             say_goodbye=self._say_goodbye,
         )
+        self._barriers = Barriers(me, self._group, self._exchange, self._wait)
+        self._admission = None if roster is None else Admission(me, self._group, self._exchange, roster, self._tell)
         self._executor = Executor(self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}")
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
+        self._on_worker_joined: OnWorkerJoined = lambda worker_id: None
+        # What the layers above are to be told of other workers, in order; the lock lets one thread tell at a time.
+        self._news: SimpleQueue[Task] = SimpleQueue()
+        self._news_lock = threading.Lock()
         self._on_unused: OnUnusedAnswer = lambda answer: None
         self._keep_house: Task = lambda: None
         self._house_kept_at = time.monotonic()
         self._joins = 0
         self._has_ended = False
+        self._is_leaving = False
         # Lets one thread through to shut down.
         self._shutdown_lock = threading.Lock()
         self._is_shut_down = False
@@ -114,19 +150,38 @@ class ZmqRpcAgent:
         on_worker_lost: OnWorkerLost,
         on_unused: OnUnusedAnswer,
         keep_house: Task = lambda: None,
+        on_worker_joined: OnWorkerJoined = lambda worker_id: None,
     ) -> None:
         """Begins to serve. ``callback`` gets the requests of peers, ``on_unused`` the answers that nobody takes. On a thread of
         the agent ``on_worker_lost`` is told of each peer that has gone, once its calls have failed, and ``keep_house`` is called
-        about once a second."""
+        about once a second. ``on_worker_joined`` is told there of each worker that joins a dynamic group from now on, before that
+        worker knows that it has joined."""
         self._callback = callback
         self._on_worker_lost = on_worker_lost
         self._on_unused = on_unused
         self._keep_house = keep_house
+        self._on_worker_joined = on_worker_joined
         self._exchange.start(self._executor)
         self._executor.start()
         self._interrupts = InterruptWatch(self._exchange.interrupt)
         self._pid = os.getpid()
         atexit.register(self._at_exit)
+
+    def announce(self, timeout: float) -> None:
+        """In a dynamic group, after `start`: tells the members that this worker has joined; returns once all of them know.
+
+        Args:
+            timeout: seconds; 0 for no limit.
+
+        Raises:
+            RendezvousError: a member did not answer in time, or would not have this worker.
+        """
+        assert self._admission is not None
+        try:
+            self._admission.join(timeout)
+        except RpcError:
+            self._admission.leave(float("inf"))
+            raise
 
     # What the layers above ask (`Requester`).
 
@@ -164,7 +219,7 @@ class ZmqRpcAgent:
     @property
     def is_static_group(self) -> bool:
         """Whether all workers are known from the start."""
-        return True
+        return self._admission is None
 
     def get_worker_info(self, worker: str | int | WorkerInfo | None = None) -> WorkerInfo:
         """The WorkerInfo of a member by name or id; of this worker without an argument.
@@ -182,8 +237,13 @@ class ZmqRpcAgent:
         return WorkerInfo(record.name, record.worker_id)
 
     def get_worker_infos(self) -> list[WorkerInfo]:
-        """The WorkerInfos of all members, by id."""
-        return [WorkerInfo(member.record.name, member.record.worker_id) for member in self._group.members()]
+        """The WorkerInfos of all members, by id; of a dynamic group those who are there at the moment."""
+        members = [m for m in self._group.members() if self.is_static_group or not m.state.is_gone]
+        return [WorkerInfo(member.record.name, member.record.worker_id) for member in members]
+
+    def get_members(self) -> tuple[Member, ...]:
+        """All members that there are or were, by id, with their states."""
+        return self._group.members()
 
     def _get_device_map(self, dst: WorkerInfo) -> dict[torch.device, torch.device]:
         """The device map of this worker's options towards ``dst``."""
@@ -226,9 +286,11 @@ class ZmqRpcAgent:
         return info
 
     def sync(self) -> None:
-        """Waits until every worker has reached this call (torch's RpcAgent has it too)."""
-        self._joins += 1
-        self._barrier(f"sync/{self._joins}", 0, float("inf"))
+        """Waits until every worker has reached this call (torch's RpcAgent has it too). In a dynamic group, whose workers have
+        not been there for equally many of these, it does nothing."""
+        if self.is_static_group:
+            self._joins += 1
+            self._barriers.wait(f"sync/{self._joins}", 0, float("inf"))
 
     def check_complete(self) -> None:
         """Raises the `WorkerLostError` of a member that is lost, if there is one."""
@@ -237,27 +299,32 @@ class ZmqRpcAgent:
                 self._group.destination(member.record.worker_id)
 
     def join(self, shutdown: bool = False, timeout: float = 0) -> None:
-        """Waits until no worker of the group has a call under way.
+        """Waits until no worker of the group has a call under way; in a dynamic group, until this worker has none.
 
         Args:
-            shutdown: the group ends after that: peers that go from then on were expected to.
+            shutdown: this is the end. A static group ends: peers that go from then on were expected to. A dynamic one goes on
+                without this worker, which leaves: it takes no more calls, lets those end that it serves, and tells the others.
             timeout: seconds; 0 for no limit.
 
         Raises:
-            RpcTimeoutError: a call is still under way, here or elsewhere.
-            WorkerLostError: a worker died that should have come too.
+            RpcTimeoutError: a call is still under way, here or, in a static group, elsewhere.
+            WorkerLostError: a worker of a static group died that should have come too.
         """
         deadline = time.monotonic() + timeout if timeout else float("inf")
+        if self._admission is not None:
+            if shutdown:
+                self.refuse_calls()
+            if not self._wait(partial(self._exchange.wait_until_idle, serving=shutdown), deadline):
+                raise self._busy(timeout)
+            if shutdown:
+                self._admission.leave(deadline)
+            return
         self._joins += 1
         for turn in itertools.count():
             if not self._wait(self._exchange.wait_until_idle, deadline) or (turn and time.monotonic() > deadline):
-                client, server = self._exchange.active()
-                raise RpcTimeoutError(
-                    f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} "
-                    "that it serves are still under way"
-                )
+                raise self._busy(timeout)
             # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
-            if self._barrier(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
+            if self._barriers.wait(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
                 break
             time.sleep(_JOIN_PAUSE)
         if shutdown:
@@ -276,6 +343,17 @@ class ZmqRpcAgent:
                 _logger.warning("worker %s waits for the group: %s. %s", self._me.name, calls, self._executor.report())
         return True
 
+    def _busy(self, timeout: float) -> RpcTimeoutError:
+        client, server = self._exchange.active()
+        return RpcTimeoutError(
+            f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} that it "
+            "serves are still under way"
+        )
+
+    def refuse_calls(self) -> None:
+        """From now on no call of another worker begins here, as this one leaves; those under way go on."""
+        self._is_leaving = True
+
     def shutdown(self) -> None:
         """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent.
 
@@ -286,6 +364,8 @@ class ZmqRpcAgent:
                 return
             self._is_shut_down = True
         reason = ShutdownError(f"worker {self._me.name} shut down")
+        if self._admission is not None:
+            self._admission.depart()
         self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
             self._interrupts.close()
@@ -328,27 +408,32 @@ class ZmqRpcAgent:
 
     def _serve(self, source: WorkerId, message: Message, respond: Respond) -> None:
         if message.type is MessageType.BARRIER_REQ:
-            self._serve_barrier(source, message, respond)
+            self._barriers.serve(source, message, respond)
         elif message.type is MessageType.GOODBYE:
             self._serve_goodbye(source, message)
+        elif message.type in (MessageType.JOIN_REQ, MessageType.LEAVE_REQ):
+            self._serve_announcement(source, message, respond)
+        elif self._is_leaving and message.type in _USER_CALLS and source != self._me.worker_id:
+            raise WorkerLostError(f"worker {self._me.name!r} ({self._me.worker_id}) is leaving the group and takes no more calls")
         else:
             assert self._callback is not None
             self._callback(source, message, respond)
 
     # The group's affairs.
 
-    def _on_worker_gone(self, gone: WorkerGone) -> None:
-        worker_id = gone.record.worker_id
-        self._exchange.worker_lost(worker_id, gone.error)
-        self._exchange.forget(worker_id, gone.record.incarnation)
-        if self._group.find(worker_id).reason == _GROUP_ENDED:
-            return
+    def _serve_announcement(self, source: WorkerId, message: Message, respond: Respond) -> None:
+        if self._admission is None:
+            raise ProtocolError(f"worker {source} announced itself, but the group of worker {self._me.name!r} is static")
+        self._admission.serve(source, message, respond)
 
-        def tell() -> None:
-            if self._on_worker_lost is not None:
-                self._on_worker_lost(worker_id, gone.error)
+    def _serve_goodbye(self, source: WorkerId, message: Message) -> None:
+        goodbye = parse(message)
+        assert isinstance(goodbye, Goodbye)
+        self._group.on_goodbye(source, self._group.find(source).record.incarnation, goodbye.reason)
 
-        self._exchange.submit([tell])
+    def _announce(self, announcement: SendAnnouncement) -> None:
+        assert self._admission is not None
+        self._admission.send(announcement)
 
     def _say_goodbye(self, goodbye: SayGoodbye) -> None:
         message = Goodbye(goodbye.reason).to_message()
@@ -359,52 +444,25 @@ class ZmqRpcAgent:
                 # It is going itself, or has gone.
                 _logger.debug("no goodbye to worker %d: %s", worker_id, error)
 
-    def _serve_goodbye(self, source: WorkerId, message: Message) -> None:
-        goodbye = parse(message)
-        assert isinstance(goodbye, Goodbye)
-        self._group.on_goodbye(source, self._group.find(source).record.incarnation, goodbye.reason)
+    def _on_worker_came(self, came: WorkerCame) -> None:
+        if self._callback is None:
+            return  # One of those who are there when this worker comes.
+        self._tell(partial(self._on_worker_joined, came.record.worker_id))
 
-    def _serve_barrier(self, source: WorkerId, message: Message, respond: Respond) -> None:
-        barrier = parse(message)
-        assert isinstance(barrier, Barrier)
+    def _on_worker_gone(self, gone: WorkerGone) -> None:
+        worker_id = gone.record.worker_id
+        self._exchange.worker_lost(worker_id, gone.error)
+        self._exchange.forget(worker_id, gone.record.incarnation)
+        if self._admission is not None and not gone.expected:
+            self._exchange.submit([partial(self._admission.forget, gone.record)])
+        if self._group.find(worker_id).reason != _GROUP_ENDED and self._on_worker_lost is not None:
+            self._tell(partial(self._on_worker_lost, worker_id, gone.error))
 
-        def answer(outcome: int | RpcError) -> None:
-            if isinstance(outcome, RpcError):
-                respond(self._exchange.failure(outcome))
-            else:
-                respond(BarrierPassed(outcome).to_message())
+    def _tell(self, news: Task) -> None:
+        """Has ``news`` of other workers run on a thread of this one, after all earlier ones."""
+        self._news.put(news)
+        self._exchange.submit([self._tell_next])
 
-        self._group.enter_barrier(source, barrier.tag, barrier.value, answer)
-
-    def _send_barrier(self, asked: SendBarrier) -> None:
-        def on_reply(reply: Reply) -> None:
-            if isinstance(reply, BarrierPassed):
-                assert callable(asked.token)
-                asked.token(reply.total)
-            else:
-                error = reply if isinstance(reply, RpcError) else ProtocolError(f"a barrier was answered by {reply!r:.100}")
-                self._group.barrier_unanswered(asked, error)
-
-        peer = self._group.find(asked.leader).record
-        try:
-            self._exchange.request(peer, Barrier(asked.tag, asked.value).to_message(), on_reply, timeout=0)
-        except RpcError as error:
-            self._group.barrier_unanswered(asked, error)
-
-    def _barrier(self, tag: str, value: int, deadline: float) -> int:
-        """Waits until all workers have come to ``tag`` and returns the sum of their values."""
-        ended = threading.Event()
-        outcomes: list[int | RpcError] = []
-
-        def token(outcome: int | RpcError) -> None:
-            outcomes.append(outcome)
-            ended.set()
-
-        self._group.enter_barrier(self._me.worker_id, tag, value, token)
-        # Without a deadline it ends with the loss of a member, or shutdown.
-        if not self._wait(ended.wait, deadline):
-            raise RpcTimeoutError(f"worker {self._me.name} waited in vain for all workers to come to the barrier {tag}")
-        (outcome,) = outcomes
-        if isinstance(outcome, RpcError):
-            raise outcome
-        return outcome
+    def _tell_next(self) -> None:
+        with self._news_lock:
+            self._news.get_nowait()()

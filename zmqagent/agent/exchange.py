@@ -42,12 +42,17 @@ _IDEMPOTENT = frozenset(
         MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ,
         MessageType.ABORT_BACKWARD_REQ,
         MessageType.BARRIER_REQ,
+        MessageType.JOIN_REQ,
+        MessageType.LEAVE_REQ,
     }
 )
 """Served again when they come again, since it may have been the answer that was lost."""
 
-_UNCOUNTED = frozenset({MessageType.BARRIER_REQ, MessageType.GOODBYE})
+_UNCOUNTED = frozenset({MessageType.BARRIER_REQ, MessageType.GOODBYE, MessageType.JOIN_REQ, MessageType.LEAVE_REQ})
 """No calls: whoever waits at a barrier is idle."""
+
+_FROM_ANYBODY = frozenset({MessageType.JOIN_REQ, MessageType.LEAVE_REQ})
+"""Taken in though the sender is no member: it wants to become one, or is none any more before that was heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +260,7 @@ class Exchange:
             _logger.warning("worker %s dropped a message that it cannot read: %s", self._me.name, error)
             return None
         source, incarnation = envelope.source, envelope.source_incarnation
-        if accepts is not None and not accepts(source, incarnation):
+        if accepts is not None and envelope.type not in _FROM_ANYBODY and not accepts(source, incarnation):
             _logger.debug("dropped a %s of a former life of worker %d", envelope.type.name, source)
             return None
         if envelope.destination_incarnation not in (0, self._me.incarnation):
@@ -361,10 +366,11 @@ class Exchange:
         with self._activity:
             return self._client_active, self._server_active
 
-    def wait_until_idle(self, timeout: float) -> bool:
-        """Waits, for at most ``timeout`` seconds, until no call of this worker is under way; says whether that is so."""
+    def wait_until_idle(self, timeout: float, *, serving: bool = False) -> bool:
+        """Waits, for at most ``timeout`` seconds, until no call of this worker is under way and, if it is ``serving``, none of
+        others here either; says whether that is so."""
         with self._activity:
-            return self._activity.wait_for(lambda: not self._client_active, timeout)
+            return self._activity.wait_for(lambda: not (self._client_active or (serving and self._server_active)), timeout)
 
     def _count_client(self, change: int) -> None:
         with self._activity:
@@ -376,6 +382,7 @@ class Exchange:
         with self._activity:
             self._server_active += active
             self._server_deferred += deferred
+            self._activity.notify_all()
 
     def late_and_duplicate(self) -> Mapping[str, int]:
         """How many answers came too late, and how many requests came twice."""

@@ -1,6 +1,6 @@
 """The shell around `Membership`: the lock it is called under, and the hands that do what it says.
 
-Answers to barrier requests and the end of calls to a lost worker are others' business: `Group` reports them through the two
+What the machine wants sent, and what follows from who comes and goes, is others' business: `Group` reports it through the
 callbacks it is given.
 """
 
@@ -14,13 +14,18 @@ from collections.abc import Callable
 from zmqagent.agent import membership_events as events
 from zmqagent.agent.membership import Membership
 from zmqagent.agent.membership_events import (
+    Acknowledge,
+    Announcement,
+    AnnouncementEnded,
     Connect,
     Disconnect,
     FailBarrier,
     Member,
     PassBarrier,
     SayGoodbye,
+    SendAnnouncement,
     SendBarrier,
+    WorkerCame,
     WorkerGone,
 )
 from zmqagent.exceptions import RpcError
@@ -41,7 +46,9 @@ class Group:
     Args:
         me: this worker.
         transport: is told of peers that come and go.
+        on_came: called with `WorkerCame` when another worker has joined a dynamic group.
         on_gone: called with `WorkerGone` when nothing more can come from a peer.
+        send_announcement: called with `SendAnnouncement` when a member is to be told that this worker joined or leaves.
         send_barrier: called with `SendBarrier` when the barrier's leader is to be asked.
         say_goodbye: called with `SayGoodbye` when this worker leaves.
     """
@@ -51,13 +58,17 @@ class Group:
         me: PeerRecord,
         transport: Transport,
         *,
+        on_came: Callable[[WorkerCame], None],
         on_gone: Callable[[WorkerGone], None],
+        send_announcement: Callable[[SendAnnouncement], None],
         send_barrier: Callable[[SendBarrier], None],
         say_goodbye: Callable[[SayGoodbye], None],
     ) -> None:
         self._me = me
         self._transport = transport
+        self._on_came = on_came
         self._on_gone = on_gone
+        self._send_announcement = send_announcement
         self._send_barrier = send_barrier
         self._say_goodbye = say_goodbye
         # Protects the machine while it handles one event; instructions are carried out after it is let go.
@@ -82,6 +93,11 @@ class Group:
         """A member's name, or a stand-in."""
         return self._membership.name_of(worker_id)
 
+    def untold(self, what: Announcement) -> tuple[Member, ...]:
+        """Who has not answered yet to what this worker announces."""
+        with self._lock:
+            return self._membership.untold(what)
+
     def accepts(self, worker_id: WorkerId, incarnation: int) -> bool:
         """Whether messages of this incarnation are taken in."""
         return self._membership.accepts(worker_id, incarnation)
@@ -102,9 +118,19 @@ class Group:
         else:
             self._handle(events.Reached(event.worker_id, event.incarnation))
 
-    def on_goodbye(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
-        """A peer told that it shuts down."""
-        self._handle(events.SaidGoodbye(worker_id, incarnation, reason))
+    def on_goodbye(
+        self, worker_id: WorkerId, incarnation: int, reason: str, acknowledge: Callable[[], None] | None = None
+    ) -> None:
+        """A peer told that it shuts down. ``acknowledge`` is called once that is known here, while it can still be sent to."""
+        self._handle(events.SaidGoodbye(worker_id, incarnation, reason, acknowledge))
+
+    def announce(self, what: Announcement, ended: Callable[[], None]) -> None:
+        """This worker tells all others that it joined or leaves; ``ended`` is called when all have answered who are not gone."""
+        self._handle(events.AnnouncementBegun(what, ended))
+
+    def on_announcement_answered(self, what: Announcement, peer: PeerRecord) -> None:
+        """A peer has taken note of what was announced."""
+        self._handle(events.AnnouncementAnswered(what, peer.worker_id, peer.incarnation))
 
     def enter_barrier(self, worker_id: WorkerId, tag: str, value: int, token: BarrierToken) -> None:
         """A worker, or this one itself, has come to the barrier ``tag``; ``token`` is called once with what became of it."""
@@ -134,20 +160,26 @@ class Group:
                 self._transport.connect(record)
             case Disconnect(worker_id=worker_id):
                 self._transport.disconnect(worker_id)
+            case WorkerCame():
+                self._on_came(instruction)
             case WorkerGone():
                 if not instruction.expected:
                     _logger.warning("%s", instruction.error)
                 self._on_gone(instruction)
+            case SendAnnouncement():
+                self._send_announcement(instruction)
+            case AnnouncementEnded(token=token) | Acknowledge(token=token):
+                _call(token)
             case SendBarrier():
                 self._send_barrier(instruction)
             case PassBarrier(token=token, total=total):
-                _answer(token, total)
+                _call(token, total)
             case FailBarrier(token=token, error=error):
-                _answer(token, error)
+                _call(token, error)
             case SayGoodbye():
                 self._say_goodbye(instruction)
 
 
-def _answer(token: object, outcome: int | RpcError) -> None:
+def _call(token: object, *outcome: int | RpcError) -> None:
     assert callable(token)
-    token(outcome)
+    token(*outcome)

@@ -13,6 +13,12 @@ The states::
 
 From LOST and LEFT no way leads back, but the worker may join again under a new incarnation.
 
+Dynamic groups. Who may join is decided by the group's directory, which gives each newcomer an ordinal, and hands it the records
+of all who came before. It then announces itself to these, and only to these: of any two members the later one tells the earlier.
+Whoever leaves announces that as well. An announcement is over when everyone has answered who is not gone by then. Messages have
+no order, so a newcomer may be heard of before the end of the member whose name or id it took: of two such, the greater ordinal is
+right.
+
 Barriers. The member with the lowest id that has not left leads. Everyone sends it a request, and it answers all with the sum of
 their values as soon as everyone has come who has not left. If a member was lost, before or meanwhile, nobody can pass: all get a
 `WorkerLostError`. If the leader itself leaves, its followers turn to the next. A tag names one barrier; a request that comes
@@ -21,11 +27,16 @@ again for one that was passed gets the same answer.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
+from zmqagent.agent.checks import check_group
 from zmqagent.agent.membership_events import (
+    Acknowledge,
+    Announcement,
+    AnnouncementAnswered,
+    AnnouncementBegun,
+    AnnouncementEnded,
     BarrierEntered,
     BarrierUnanswered,
     Connect,
@@ -42,20 +53,30 @@ from zmqagent.agent.membership_events import (
     Reached,
     SaidGoodbye,
     SayGoodbye,
+    SendAnnouncement,
     SendBarrier,
     Suspected,
+    WorkerCame,
     WorkerGone,
 )
-from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, RpcError, ShutdownError, UnknownWorkerError, WorkerLostError
+from zmqagent.exceptions import InvalidTypeError, RpcError, ShutdownError, UnknownWorkerError, WorkerLostError
 from zmqagent.transport.base import PeerRecord
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["Membership", "check_group", "check_name", "check_worker_id"]
+__all__ = ["Membership"]
 
-_NAME = re.compile(r"[A-Za-z0-9\-_:]+")
-_NAME_LIMIT = 128
-_MAX_WORKER_ID = (1 << 15) - 1
-_TAGS_KEPT = 64
+_KEPT = 64
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(slots=True)
+class _Telling:
+    """An announcement under way: whom it still awaits, by id and incarnation, and the token to hand back."""
+
+    token: object
+    awaited: set[tuple[WorkerId, int]]
 
 
 @dataclass(slots=True)
@@ -73,6 +94,9 @@ class Membership:
         self._me = me
         self._members: dict[WorkerId, Member] = {}
         self._ids: dict[str, WorkerId] = {}
+        self._tellings: dict[Announcement, _Telling] = {}
+        self._informed: set[tuple[WorkerId, int]] = set()  # that this worker leaves
+        self._overtaken: dict[tuple[WorkerId, int], None] = {}  # said goodbye before they were heard of
         self._gatherings: dict[str, _Gathering] = {}
         self._totals: dict[str, int] = {}
         self._ending = False
@@ -128,6 +152,11 @@ class Membership:
         member = self._present(worker_id, incarnation)
         return member is not None and member.state is not MemberState.LOST
 
+    def untold(self, what: Announcement) -> tuple[Member, ...]:
+        """Who has not answered yet to what this worker announces."""
+        telling = self._tellings.get(what)
+        return tuple(m for m in self.members if telling is not None and _key(m.record) in telling.awaited)
+
     @property
     def leader(self) -> WorkerId:
         """Who leads barriers: the lowest id that has not left. All members agree on it once all goodbyes have arrived."""
@@ -154,6 +183,10 @@ class Membership:
                 return self._lose(event, now)
             case SaidGoodbye():
                 return self._see_off(event, now)
+            case AnnouncementBegun():
+                return self._announce(event)
+            case AnnouncementAnswered():
+                return self._told(event.what, (event.worker_id, event.incarnation))
             case BarrierEntered():
                 return self._enter(event)
             case BarrierUnanswered():
@@ -165,18 +198,28 @@ class Membership:
 
     def _join(self, record: PeerRecord, now: float) -> list[Instruction]:
         old = self._members.get(record.worker_id)
-        if old is not None and old.record.incarnation == record.incarnation:
+        if (old is not None and old.record.incarnation == record.incarnation) or _key(record) in self._overtaken:
             return []
-        check_group([m.record for m in self.members if not m.state.is_gone and m is not old] + [record])
+        if record.ordinal:
+            rivals = [m for m in self.members if m.record.name == record.name or m is old]
+            if any(m.record.ordinal > record.ordinal or m.record.worker_id == self._me for m in rivals):
+                return []
+        else:
+            rivals = [] if old is None else [old]
+        present = [m.record for m in self.members if not m.state.is_gone and m not in rivals]
+        check_group([*present, record])
         done: list[Instruction] = []
-        if old is not None and not old.state.is_gone:
-            done += self._lose(Lost(record.worker_id, old.record.incarnation, "it was started again under its old name"), now)
+        for rival in rivals:
+            reason = "it was started again under its old name" if rival is old else f"{record.name!r} is another worker now"
+            done += self._lose(Lost(rival.record.worker_id, rival.record.incarnation, reason), now)
         if old is not None and self._ids.get(old.record.name) == record.worker_id:
             del self._ids[old.record.name]
         self._members[record.worker_id] = Member(record, MemberState.UP, now)
         self._ids[record.name] = record.worker_id
         if record.worker_id != self._me:
             done.append(Connect(record))
+            if record.ordinal:
+                done.append(WorkerCame(record))
         return done
 
     def _lose(self, event: Lost, now: float) -> list[Instruction]:
@@ -186,14 +229,44 @@ class Membership:
         member = self._change(event.worker_id, event.incarnation, MemberState.LOST, now, event.reason)
         if member is None:
             return []
-        return [WorkerGone(member.record, _gone(member), expected=False), *self._settle_barriers()]
+        return [WorkerGone(member.record, _gone(member), expected=False), *self._without(member)]
 
     def _see_off(self, event: SaidGoodbye, now: float) -> list[Instruction]:
         member = self._change(event.worker_id, event.incarnation, MemberState.LEFT, now, event.reason)
+        answer: list[Instruction] = [] if event.token is None else [Acknowledge(event.token)]
         if member is None:
-            return []
+            if self._present(event.worker_id, event.incarnation) is None:
+                _remember(self._overtaken, (event.worker_id, event.incarnation), None)
+            return answer
         # In this order: a call that begins in between is either refused by the transport, or found and failed by what follows.
-        return [Disconnect(event.worker_id), WorkerGone(member.record, _gone(member), expected=True), *self._settle_barriers()]
+        gone: list[Instruction] = [Disconnect(event.worker_id), WorkerGone(member.record, _gone(member), expected=True)]
+        return [*answer, *gone, *self._without(member)]
+
+    def _without(self, member: Member) -> list[Instruction]:
+        """What need not wait for ``member`` any more."""
+        told = [done for what in list(self._tellings) for done in self._told(what, _key(member.record))]
+        return [*told, *self._settle_barriers()]
+
+    # -- announcements
+
+    def _announce(self, event: AnnouncementBegun) -> list[Instruction]:
+        others = [m.record for m in self.members if not m.state.is_gone and m.record.worker_id != self._me]
+        if not others:
+            return [AnnouncementEnded(event.token)]
+        self._tellings[event.what] = _Telling(event.token, {_key(record) for record in others})
+        return [SendAnnouncement(event.what, record) for record in others]
+
+    def _told(self, what: Announcement, whom: tuple[WorkerId, int]) -> list[Instruction]:
+        telling = self._tellings.get(what)
+        if telling is None or whom not in telling.awaited:
+            return []
+        telling.awaited.remove(whom)
+        if what is Announcement.LEAVE:
+            self._informed.add(whom)
+        if telling.awaited:
+            return []
+        del self._tellings[what]
+        return [AnnouncementEnded(telling.token)]
 
     def _leave(self, reason: str, now: float) -> list[Instruction]:
         self._ending = True
@@ -202,7 +275,11 @@ class Membership:
         mine = [token for g in self._gatherings.values() for worker_id, token in g.tokens if worker_id == self._me]
         done: list[Instruction] = [FailBarrier(token, error) for token in mine]
         self._gatherings.clear()
-        others = tuple(m.record.worker_id for m in self.members if not m.state.is_gone and m.record.worker_id != self._me)
+        others = tuple(
+            m.record.worker_id
+            for m in self.members
+            if not m.state.is_gone and m.record.worker_id != self._me and _key(m.record) not in self._informed
+        )
         self._members[self._me] = replace(self._members[self._me], state=MemberState.LEFT, since=now, reason=reason)
         return [*done, SayGoodbye(others, reason)] if others else done
 
@@ -254,7 +331,7 @@ class Membership:
                 done += [FailBarrier(token, _gone(lost)) for _, token in gathering.tokens]
             elif awaited <= gathering.values.keys():
                 total = sum(gathering.values.values())
-                self._remember(tag, total)
+                _remember(self._totals, tag, total)
                 done += [PassBarrier(token, total) for worker_id, token in gathering.tokens if worker_id in awaited]
             else:
                 continue
@@ -264,71 +341,18 @@ class Membership:
     def _first_lost(self) -> Member | None:
         return next((m for m in self.members if m.state is MemberState.LOST), None)
 
-    def _remember(self, tag: str, total: int) -> None:
-        self._totals[tag] = total
-        if len(self._totals) > _TAGS_KEPT:
-            del self._totals[next(iter(self._totals))]
+
+def _key(record: PeerRecord) -> tuple[WorkerId, int]:
+    return record.worker_id, record.incarnation
+
+
+def _remember(memory: dict[K, V], key: K, value: V) -> None:
+    """Keeps the latest few."""
+    memory[key] = value
+    if len(memory) > _KEPT:
+        del memory[next(iter(memory))]
 
 
 def _gone(member: Member) -> WorkerLostError:
     what = "has left the group" if member.state is MemberState.LEFT else "is lost"
     return WorkerLostError(f"worker {member} {what}: {member.reason}")
-
-
-def check_name(name: str) -> None:
-    """Checks a worker's name, by torch's rules.
-
-    Raises:
-        InvalidTypeError: ``name`` is no text.
-        InvalidOptionError: it is empty, too long, or has other signs than letters, digits, "-", "_" and ":".
-    """
-    if not isinstance(name, str):
-        raise InvalidTypeError(f"a worker's name is a str, not a {type(name).__name__}")
-    if not _NAME.fullmatch(name) or len(name) >= _NAME_LIMIT:
-        raise InvalidOptionError(
-            f"Worker name must match ^[A-Za-z0-9-_:]*$, and must be non-empty and shorter than {_NAME_LIMIT} chars, "
-            f"but got {name}"
-        )
-
-
-def check_worker_id(worker_id: int, world_size: int | None = None) -> None:
-    """Checks a worker's id against the ids of an int16 and, in a static group, against the group's size.
-
-    Raises:
-        InvalidTypeError: ``worker_id`` is no int.
-        InvalidOptionError: it is out of range.
-    """
-    if type(worker_id) is not int:
-        raise InvalidTypeError(f"a worker's id (its rank) is an int, not a {type(worker_id).__name__}")
-    limit = _MAX_WORKER_ID + 1 if world_size is None else min(world_size, _MAX_WORKER_ID + 1)
-    if not 0 <= worker_id < limit:
-        raise InvalidOptionError(f"a worker's id (its rank) must be at least 0 and less than {limit}, but got {worker_id}")
-
-
-def check_group(records: Collection[PeerRecord], world_size: int | None = None) -> None:
-    """Checks the records of workers that want to be one group.
-
-    Raises:
-        InvalidTypeError: a name or an id of the wrong type.
-        InvalidOptionError: an illegal name or id, or one that two workers share.
-    """
-    for record in records:
-        check_name(record.name)
-        check_worker_id(record.worker_id, world_size)
-    _check_distinct(records)
-
-
-def _check_distinct(records: Iterable[PeerRecord]) -> None:
-    by_name: dict[str, WorkerId] = {}
-    by_id: dict[WorkerId, str] = {}
-    for name, worker_id in ((r.name, r.worker_id) for r in records):
-        if worker_id in by_id:
-            raise InvalidOptionError(
-                f"Worker id {worker_id} is not unique. Workers {by_id[worker_id]} and {name} share it: give each its own rank."
-            )
-        if name in by_name:
-            raise InvalidOptionError(
-                f"RPC worker name {name} is not unique. Workers {by_name[name]} and {worker_id} share the same name."
-            )
-        by_name[name] = worker_id
-        by_id[worker_id] = name

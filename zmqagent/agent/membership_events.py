@@ -13,6 +13,11 @@ from zmqagent.transport.base import PeerRecord
 from zmqagent.wire.types import WorkerId
 
 __all__ = [
+    "Acknowledge",
+    "Announcement",
+    "AnnouncementAnswered",
+    "AnnouncementBegun",
+    "AnnouncementEnded",
     "BarrierEntered",
     "BarrierUnanswered",
     "Connect",
@@ -30,8 +35,10 @@ __all__ = [
     "Reached",
     "SaidGoodbye",
     "SayGoodbye",
+    "SendAnnouncement",
     "SendBarrier",
     "Suspected",
+    "WorkerCame",
     "WorkerGone",
 ]
 
@@ -63,9 +70,20 @@ class Member:
         return f"{self.record.name!r} ({self.record.worker_id})"
 
 
+class Announcement(enum.Enum):
+    """What a worker of a dynamic group tells each of the others, who answer."""
+
+    JOIN = "join"
+    LEAVE = "leave"
+
+
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A worker is in the group from now on, maybe instead of an older incarnation of itself."""
+    """A worker is in the group from now on, maybe instead of an older incarnation of itself.
+
+    In a dynamic group it takes the place of every member of its name or id that joined before it: those must have left, or died,
+    or it could not have joined. One that somebody has taken the place of already is ignored.
+    """
 
     record: PeerRecord
 
@@ -98,11 +116,29 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class SaidGoodbye:
-    """The worker told that it shuts down."""
+    """The worker told that it shuts down. It waits for an answer if there is a ``token`` to answer with."""
 
     worker_id: WorkerId
     incarnation: int
     reason: str
+    token: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncementBegun:
+    """This worker is to tell all members that it joined or leaves; `AnnouncementEnded` hands ``token`` back."""
+
+    what: Announcement
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncementAnswered:
+    """A member has taken note of what this worker announced."""
+
+    what: Announcement
+    worker_id: WorkerId
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +171,19 @@ class BarrierUnanswered:
     error: RpcError
 
 
-Event = Joined | Reached | Suspected | Lost | SaidGoodbye | BarrierEntered | BarrierUnanswered | GroupEnding | Leaving
+Event = (
+    Joined
+    | Reached
+    | Suspected
+    | Lost
+    | SaidGoodbye
+    | AnnouncementBegun
+    | AnnouncementAnswered
+    | BarrierEntered
+    | BarrierUnanswered
+    | GroupEnding
+    | Leaving
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +201,41 @@ class Disconnect:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerCame:
+    """The worker is a member from now on, and can be sent to."""
+
+    record: PeerRecord
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerGone:
     """Nothing more comes from this incarnation: all that waits for it ends with ``error``. ``expected``: it left as announced."""
 
     record: PeerRecord
     error: WorkerLostError
     expected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendAnnouncement:
+    """Tell the member ``to``. Its answer is an `AnnouncementAnswered`."""
+
+    what: Announcement
+    to: PeerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncementEnded:
+    """Hand back ``token``: every member has answered, or is gone."""
+
+    token: object
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """Answer ``token``: the goodbye has been taken note of."""
+
+    token: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,4 +272,16 @@ class SayGoodbye:
     reason: str
 
 
-Instruction = Connect | Disconnect | WorkerGone | SendBarrier | PassBarrier | FailBarrier | SayGoodbye
+Instruction = (
+    Connect
+    | Disconnect
+    | WorkerCame
+    | WorkerGone
+    | SendAnnouncement
+    | AnnouncementEnded
+    | Acknowledge
+    | SendBarrier
+    | PassBarrier
+    | FailBarrier
+    | SayGoodbye
+)

@@ -88,13 +88,14 @@ class DistAutogradContainer:
 
     Args:
         requester: sends the clean-up messages.
+        first_local_id: where the ids of contexts and messages begin: after those that a former life of this worker drew.
     """
 
-    def __init__(self, requester: Requester) -> None:
+    def __init__(self, requester: Requester, first_local_id: int = 0) -> None:
         self._requester = requester
         self._first_id = requester.worker_id << _COUNTER_BITS
-        self._context_ids = itertools.count(self._first_id)
-        self._message_ids = itertools.count(self._first_id)
+        self._context_ids = itertools.count(self._first_id + first_local_id)
+        self._message_ids = itertools.count(self._first_id + first_local_id)
         self._current = threading.local()
         self._observer: PassObserver | None = None
         # Protects the three maps below, for single steps; no call leaves this file while it is held. Re-entrant, because the

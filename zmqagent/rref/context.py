@@ -341,12 +341,22 @@ class RRefContext:
     def delete_all_users_and_unforked_owners(self, timeout: float = _SHUTDOWN_TIMEOUT) -> None:
         """Waits until no user and no child is pending, deletes every user on this worker, and waits until the others have deleted
         theirs of RRefs owned here; each wait takes at most ``timeout`` seconds, and one that does not suffice is logged."""
+        self._drop_all_users(timeout)
+        if not self._shell.wait_until(_is_empty, timeout):
+            self._log_timeout("the users of the RRefs owned here to be deleted", timeout)
+
+    def delete_all_users(self, timeout: float = _SHUTDOWN_TIMEOUT) -> None:
+        """Waits until no user and no child is pending, deletes every user on this worker, and waits until their owners know; each
+        wait takes at most ``timeout`` seconds, and one that does not suffice is logged."""
+        self._drop_all_users(timeout)
+        if not self._shell.wait_until(_has_no_users, timeout):
+            self._log_timeout("the owners of deleted users to answer", timeout)
+
+    def _drop_all_users(self, timeout: float) -> None:
         self.drain()
         if not self._shell.wait_until(_is_settled, timeout):
             self._log_timeout("users to be confirmed", timeout)
         self._shell.handle(events.AllUsersDropped())
-        if not self._shell.wait_until(_is_empty, timeout):
-            self._log_timeout("the users of the RRefs owned here to be deleted", timeout)
 
     def destroy(self, ignore_leak: bool = True) -> None:
         """Ends all RRefs of this worker. Idempotent.
@@ -418,6 +428,11 @@ class RRefContext:
 def _is_settled(protocol: RRefProtocol) -> bool:
     counts = protocol.counts
     return not counts.pending_users and not counts.pending_children
+
+
+def _has_no_users(protocol: RRefProtocol) -> bool:
+    counts = protocol.counts
+    return not counts.users and not counts.unanswered
 
 
 def _is_empty(protocol: RRefProtocol) -> bool:

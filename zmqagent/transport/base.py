@@ -27,6 +27,7 @@ class PeerRecord:
     peer. ``host`` names machine, boot and process-id namespace, so that two workers know whether they share a kernel; ``pid``
     means something to peers with an equal ``host`` only. ``addresses`` are the transport's own endpoints, best first. ``started``
     is when the process started, in the kernel's ticks (0: unknown): it tells the process from a later one with the same ``pid``.
+    ``ordinal`` is the worker's place in the order in which the members of a dynamic group joined, from 1 on; 0 in a static group.
     """
 
     name: str
@@ -36,6 +37,7 @@ class PeerRecord:
     pid: int
     addresses: tuple[str, ...]
     started: int = 0
+    ordinal: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from zmqagent.transport.base import PeerDown, PeerEvent, PeerRecord, PeerUp
 from zmqagent.transport.hosts import process_start
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["POLL_INTERVAL", "ProcessWatch"]
+__all__ = ["POLL_INTERVAL", "ProcessWatch", "is_process"]
 
 POLL_INTERVAL = 0.2
 """Seconds between two looks at the processes that have no pidfd."""
@@ -38,7 +38,7 @@ class ProcessWatch:
             self._ended(peer)
             return
         # The descriptor first, then the comparison: from the first on, the pid cannot pass to another process unnoticed.
-        if not _is_process(peer):
+        if not is_process(peer):
             if fd is not None:
                 os.close(fd)
             self._ended(peer)
@@ -65,7 +65,7 @@ class ProcessWatch:
             return
         self._next_look = now + POLL_INTERVAL
         for peer in list(self._polled.values()):
-            if not _is_process(peer):
+            if not is_process(peer):
                 self._gone(peer, now)
 
     def next_check(self) -> float | None:
@@ -107,7 +107,7 @@ def _open(pid: int) -> int | None:
         return None
 
 
-def _is_process(peer: PeerRecord) -> bool:
+def is_process(peer: PeerRecord) -> bool:
     """Whether the peer's pid still names the peer's process."""
     try:
         os.kill(peer.pid, 0)

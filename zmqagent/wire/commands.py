@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
 from zmqagent.wire.types import AutogradMetadata, ForkData, ForkId, Message, MessageType, RRefId
 from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling, take
 
@@ -27,6 +28,8 @@ __all__ = [
     "Failure",
     "ForwardAutograd",
     "Goodbye",
+    "Join",
+    "Leave",
     "Pickled",
     "ProfiledReturn",
     "PythonCall",
@@ -348,52 +351,6 @@ class Failure:
         return cls(code, type_name, text, _body(message))
 
 
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """The sender has reached the barrier ``tag`` and contributes ``value`` to the sum that all get back."""
-
-    type: ClassVar[MessageType] = MessageType.BARRIER_REQ
-    tag: str
-    value: int
-
-    def to_message(self) -> Message:
-        return Message(self.type, (self.tag, self.value))
-
-    @classmethod
-    def from_message(cls, message: Message) -> Barrier:
-        return cls(*take(message, str, int))
-
-
-@dataclass(frozen=True, slots=True)
-class BarrierPassed:
-    """All workers have reached the barrier; ``total`` is the sum of what they contributed."""
-
-    type: ClassVar[MessageType] = MessageType.BARRIER_RESP
-    total: int
-
-    def to_message(self) -> Message:
-        return Message(self.type, (self.total,))
-
-    @classmethod
-    def from_message(cls, message: Message) -> BarrierPassed:
-        return cls(*take(message, int))
-
-
-@dataclass(frozen=True, slots=True)
-class Goodbye:
-    """The sender shuts down now and will answer nothing more; no answer is expected."""
-
-    type: ClassVar[MessageType] = MessageType.GOODBYE
-    reason: str
-
-    def to_message(self) -> Message:
-        return Message(self.type, (self.reason,))
-
-    @classmethod
-    def from_message(cls, message: Message) -> Goodbye:
-        return cls(*take(message, str))
-
-
 Command = (
     PythonCall
     | ScriptCall
@@ -417,6 +374,8 @@ Command = (
     | Barrier
     | BarrierPassed
     | Goodbye
+    | Join
+    | Leave
 )
 
 _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
@@ -447,6 +406,10 @@ _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
     MessageType.BARRIER_REQ: Barrier.from_message,
     MessageType.BARRIER_RESP: BarrierPassed.from_message,
     MessageType.GOODBYE: Goodbye.from_message,
+    MessageType.JOIN_REQ: Join.from_message,
+    MessageType.JOIN_RESP: Ack.from_message,
+    MessageType.LEAVE_REQ: Leave.from_message,
+    MessageType.LEAVE_RESP: Ack.from_message,
 }
 
 

@@ -87,6 +87,10 @@ class MessageType(enum.IntEnum):
     GOODBYE = 0x42 | _REQUEST
     ABORT_BACKWARD_REQ = 0x43 | _REQUEST
     ABORT_BACKWARD_RESP = 0x44 | _RESPONSE
+    JOIN_REQ = 0x45 | _REQUEST
+    JOIN_RESP = 0x46 | _RESPONSE
+    LEAVE_REQ = 0x47 | _REQUEST
+    LEAVE_RESP = 0x48 | _RESPONSE
 
     @property
     def is_request(self) -> bool:

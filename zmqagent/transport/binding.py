@@ -1,0 +1,33 @@
+"""Where a worker listens, by its options."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import urlparse
+
+from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.transport.hosts import local_address_towards
+from zmqagent.transport.zmq import ZmqTransport
+
+__all__ = ["bind"]
+
+
+def bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> ZmqTransport:
+    """A transport on which this worker can be reached: a Unix socket alone if all workers are known to share a host, TCP too
+    otherwise; or what ``options`` say.
+
+    Raises:
+        RendezvousError, InvalidOptionError: no interface leads to the meeting point, or the address is not this machine's.
+    """
+    ipc = options.transport != "tcp"
+    tcp = options.transport == "tcp" or (options.transport == "auto" and not share_host)
+    if not tcp:
+        return ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
+    address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
+    return ZmqTransport(ipc=ipc, tcp_host=address, incarnation=incarnation)
+
+
+def _store_host(init_method: str) -> str:
+    """The host of the rendezvous store; empty if it is a file."""
+    url = urlparse(init_method)
+    return os.environ.get("MASTER_ADDR", "") if url.scheme == "env" else url.hostname or ""

@@ -1,0 +1,99 @@
+"""The commands by which workers keep together as a group; see `commands`. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.types import Message, MessageType
+from zmqagent.wire.wrappers import take
+
+__all__ = ["Barrier", "BarrierPassed", "Goodbye", "Join", "Leave"]
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """The sender has reached the barrier ``tag`` and contributes ``value`` to the sum that all get back."""
+
+    type: ClassVar[MessageType] = MessageType.BARRIER_REQ
+    tag: str
+    value: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.tag, self.value))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Barrier:
+        return cls(*take(message, str, int))
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierPassed:
+    """All workers have reached the barrier; ``total`` is the sum of what they contributed."""
+
+    type: ClassVar[MessageType] = MessageType.BARRIER_RESP
+    total: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.total,))
+
+    @classmethod
+    def from_message(cls, message: Message) -> BarrierPassed:
+        return cls(*take(message, int))
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The sender shuts down now and will answer nothing more; no answer is expected."""
+
+    type: ClassVar[MessageType] = MessageType.GOODBYE
+    reason: str
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.reason,))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Goodbye:
+        return cls(*take(message, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """The sender has joined a dynamic group; the fields are those of its `PeerRecord`."""
+
+    type: ClassVar[MessageType] = MessageType.JOIN_REQ
+    name: str
+    worker_id: int
+    incarnation: int
+    host: str
+    pid: int
+    addresses: tuple[str, ...]
+    started: int
+    ordinal: int
+
+    def to_message(self) -> Message:
+        return Message(self.type, tuple(getattr(self, name) for name in self.__slots__))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Join:
+        command = cls(*take(message, str, int, int, str, int, tuple, int, int))
+        if not all(isinstance(address, str) for address in command.addresses):
+            raise ProtocolError("the addresses of a worker that joins are texts, but others arrived")
+        return command
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The sender's ``incarnation`` leaves a dynamic group. It has no call under way, and waits for the answer."""
+
+    type: ClassVar[MessageType] = MessageType.LEAVE_REQ
+    incarnation: int
+    reason: str
+
+    def to_message(self) -> Message:
+        return Message(self.type, (self.incarnation, self.reason))
+
+    @classmethod
+    def from_message(cls, message: Message) -> Leave:
+        return cls(*take(message, int, str))
