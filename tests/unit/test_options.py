@@ -22,6 +22,7 @@ def test_the_defaults_are_torchs() -> None:
         assert getattr(ours, name) == getattr(torchs, name)
     assert ours.transport == "auto"
     assert ours.bind_address is None
+    assert ours.draw_rank is False
 
 
 def test_init_rpc_takes_them_for_torchs_options() -> None:
@@ -37,6 +38,7 @@ def test_what_is_given_is_what_is_read() -> None:
         devices=("cuda:0", CUDA1),
         transport="tcp",
         bind_address="127.0.0.1",
+        draw_rank=True,
     )
     assert options.num_worker_threads == 3
     assert options.rpc_timeout == 0.1
@@ -45,9 +47,11 @@ def test_what_is_given_is_what_is_read() -> None:
     assert options.devices == [CUDA0, CUDA1]
     assert options.transport == "tcp"
     assert options.bind_address == "127.0.0.1"
+    assert options.draw_rank is True
     assert repr(options) == (
         "ZmqRpcBackendOptions(num_worker_threads=3, rpc_timeout=0.1, init_method='file:///tmp/meet', "
-        f"device_maps={options.device_maps!r}, devices={options.devices!r}, transport='tcp', bind_address='127.0.0.1')"
+        f"device_maps={options.device_maps!r}, devices={options.devices!r}, transport='tcp', bind_address='127.0.0.1', "
+        "draw_rank=True)"
     )
 
 
@@ -94,6 +98,7 @@ def test_attributes_can_be_set_like_torchs() -> None:
         ("transport", "udp", ValueError, "transport must be one of 'auto', 'tcp', 'ipc', but got 'udp'"),
         ("bind_address", "", ValueError, "bind_address must not be empty"),
         ("bind_address", 5, TypeError, "bind_address must be a str, but got 5 (int)"),
+        ("draw_rank", 1, TypeError, "draw_rank must be a bool, but got 1 (int)"),
     ],
 )
 def test_a_wrong_value_is_named_where_it_is_set(name: str, value: Any, error: type[Exception], text: str) -> None:
