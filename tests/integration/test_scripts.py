@@ -294,12 +294,16 @@ def scaled_there(x: Tensor) -> Tensor:
 @torch.jit.script
 def call_by_way_of_python(x: Tensor) -> Tensor:
     later = torch.jit.fork(scaled_there, x)
-    return scaled_there(x) + torch.jit.wait(later)
+    return torch.jit.wait(later) + scaled_there(x)
 
 
-def _call_from_a_script() -> list[float]:
-    return call_by_way_of_python(torch.ones(2)).tolist()
+def _call_from_a_script() -> list[list[float]]:
+    leaf = torch.ones(2, requires_grad=True)
+    with dist_autograd.context() as context_id:
+        value = call_by_way_of_python(leaf)
+        dist_autograd.backward(context_id, [value.sum()])
+        return [value.tolist(), dist_autograd.get_gradients(context_id)[leaf].tolist()]
 
 
-def test_a_script_makes_calls_through_python_functions_that_the_compiler_ignores() -> None:
-    assert on_group(_call_from_a_script) == [4.0, 4.0]
+def test_a_script_makes_calls_and_gets_gradients_through_python_functions_that_the_compiler_ignores() -> None:
+    assert on_group(_call_from_a_script) == [[4.0, 4.0], [4.0, 4.0]]

@@ -45,6 +45,44 @@ def test_ids_carry_the_worker_in_their_upper_bits() -> None:
             container.release_context(lease._context_id())
 
 
+_seen_by_script: list[tuple[int, object]] = []
+_look = {"current": lambda: None}
+
+
+# Without types: the compiler takes that for tensors, and cannot read annotations that are strings, as in this file.
+@torch.jit.ignore
+def look(x):
+    _seen_by_script.append((threading.get_ident(), _look["current"]()))
+    return x
+
+
+@torch.jit.script
+def look_around(x: Tensor) -> Tensor:
+    return torch.jit.wait(torch.jit.fork(look, x)) + look(x)
+
+
+def test_a_script_keeps_the_context_when_it_forks_and_when_it_goes_on_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Network(1, 0) as network:
+        container = network.workers[0].container
+        monkeypatch.setitem(_look, "current", container.current_context_or_none)
+        lease = container.new_context()
+        look_around(torch.ones(1))
+        container.release_context(lease._context_id())
+        look_around(torch.ones(1))
+    context = lease.context
+    assert [seen for _, seen in _seen_by_script] == [context, context, None, None]
+    assert any(thread != threading.get_ident() for thread, _ in _seen_by_script)
+
+
+def test_what_leaves_a_context_open_does_not_leave_it_to_the_thread() -> None:
+    with Network(1, 0) as network:
+        container = network.workers[0].container
+        with container.activate(None):
+            left = container.new_context()
+        assert container.current_context_or_none() is None
+        assert container.find_context(left._context_id()) is left.context
+
+
 def test_a_thread_has_one_current_context() -> None:
     with Network(1, 0) as network:
         container = network.workers[0].container

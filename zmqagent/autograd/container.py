@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+import torch
+
 from zmqagent.agent.base import Reply, Requester
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.autograd.functions import CONTEXT_GONE, SendRpcBackward
@@ -83,6 +85,27 @@ class ContextLease:
         return self.context._known_worker_ids()
 
 
+class _CurrentContext:
+    """Each thread's current context, kept in torch's own thread-local state: TorchScript takes that along to the threads on which
+    a script is forked, or goes on after it has waited."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self._key = f"zmqagent.current_context.{next(self._numbers)}"
+
+    def get(self) -> weakref.ref[DistAutogradContext] | None:
+        """What was set last on this thread."""
+        if not torch._C._is_key_in_tls(self._key):
+            return None
+        reference: weakref.ref[DistAutogradContext] | None = torch._C._get_obj_in_tls(self._key)
+        return reference
+
+    def set(self, reference: weakref.ref[DistAutogradContext] | None) -> None:
+        """Keeps ``reference`` for this thread."""
+        torch._C._stash_obj_in_tls(self._key, reference)
+
+
 class DistAutogradContainer:
     """Makes, finds and releases the contexts of one worker. All methods may be called from any thread.
 
@@ -96,7 +119,7 @@ class DistAutogradContainer:
         self._first_id = requester.worker_id << _COUNTER_BITS
         self._context_ids = itertools.count(self._first_id + first_local_id)
         self._message_ids = itertools.count(self._first_id + first_local_id)
-        self._current = threading.local()
+        self._current = _CurrentContext()
         self._observer: PassObserver | None = None
         # Protects the three maps below, for single steps; no call leaves this file while it is held. Re-entrant, because the
         # garbage collector may run anything at any time on the thread that holds it.
@@ -131,7 +154,7 @@ class DistAutogradContainer:
         weakref.finalize(lease, self._dropped.put, (context_id, context.known_workers)).atexit = False
         with self._lock:
             self._contexts[lease] = context
-        self._current.context = weakref.ref(context)
+        self._current.set(weakref.ref(context))
         return lease
 
     def current_context(self) -> DistAutogradContext:
@@ -150,19 +173,22 @@ class DistAutogradContainer:
 
     def current_context_or_none(self) -> DistAutogradContext | None:
         """The calling thread's current context, if it has one that has not been released."""
-        reference = getattr(self._current, "context", None)
-        context: DistAutogradContext | None = None if reference is None else reference()
+        reference = self._current.get()
+        context = None if reference is None else reference()
         return None if context is None or context.is_released else context
 
     @contextmanager
     def activate(self, context: DistAutogradContext | None) -> Iterator[None]:
         """Makes ``context`` (or none) the calling thread's current one for the length of the body."""
-        before = getattr(self._current, "context", None)
-        self._current.context = None if context is None else weakref.ref(context)
+        before = self._current.get()
+        # Calls outside any context set nothing: that is what takes the time.
+        if context is not None or before is not None:
+            self._current.set(None if context is None else weakref.ref(context))
         try:
             yield
         finally:
-            self._current.context = before
+            if self._current.get() is not before:
+                self._current.set(before)
 
     # Looking up.
 
