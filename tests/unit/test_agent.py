@@ -254,6 +254,16 @@ def test_shutdown_leaves_a_function_behind_that_blocks_on_something_else(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_join_does_not_wait_for_a_request_that_is_never_answered_once_its_caller_has_given_up(pair: Pair) -> None:
+    alice, bob = pair
+    served = threading.Event()
+    bob.serve = lambda source, message, respond: served.set()
+    assert isinstance(reply(alice.ask(BOB, timeout=1e-3)), RpcTimeoutError)
+    assert served.wait(DEADLINE_S)
+    together(alice.agent.join, bob.agent.join)
+    assert bob.agent.get_metrics()["agent.server_active_calls"] == "1"
+
+
 def test_a_join_that_takes_long_says_what_it_waits_for(
     pair: Pair, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,7 +327,7 @@ def test_requests_that_wait_for_something_are_counted(side: Side) -> None:
     task = side.take_in(CALL, 0)
     assert task is not None
     task()
-    assert (side.exchange.active(), side.exchange.active_async()) == ((0, 1), 1)
+    assert (side.exchange.active(), side.exchange.active_async(), side.exchange.busy()) == ((0, 1), 1, 0)
     side.responds[0](Ack().to_message())
     assert (side.exchange.active(), side.exchange.active_async()) == ((0, 0), 0)
 

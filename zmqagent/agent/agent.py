@@ -324,7 +324,7 @@ class ZmqRpcAgent:
             if not self._wait(self._exchange.wait_until_idle, deadline) or (turn and time.monotonic() > deadline):
                 raise self._busy(timeout)
             # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
-            if self._barriers.wait(f"join/{self._joins}/{turn}", sum(self._exchange.active()), deadline) == 0:
+            if self._barriers.wait(f"join/{self._joins}/{turn}", self._exchange.busy(), deadline) == 0:
                 break
             time.sleep(_JOIN_PAUSE)
         if shutdown:

@@ -366,6 +366,12 @@ class Exchange:
         with self._activity:
             return self._client_active, self._server_active
 
+    def busy(self) -> int:
+        """How many calls of this worker, and handlers of requests, are under way. A request that waits for something else is left
+        out: as long as anybody waits for its answer, it is a call of that worker; and if nobody does, it may never end."""
+        with self._activity:
+            return self._client_active + self._server_active - self._server_deferred
+
     def wait_until_idle(self, timeout: float, *, serving: bool = False) -> bool:
         """Waits, for at most ``timeout`` seconds, until no call of this worker is under way and, if it is ``serving``, none of
         others here either; says whether that is so."""
