@@ -134,7 +134,7 @@ class Exchange:
         now = time.monotonic()
         with self._lock:
             if self._closed_for is not None:
-                raise self._closed_for
+                raise type(self._closed_for)(*self._closed_for.args)
             self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted)
             is_earlier = self._calls.next_deadline() < self._looks_up_at

@@ -135,7 +135,7 @@ class DistEngine:
     ) -> BackwardPass:
         """Registers a pass; the caller holds the lock and then calls `_after_begin` without it."""
         if self._closed is not None:
-            raise self._closed
+            raise type(self._closed)(*self._closed.args)
         sends = context._send_functions()
         for message_id, send in sends.items():
             roots[message_id] = send.next_functions

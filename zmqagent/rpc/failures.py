@@ -22,7 +22,7 @@ from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError,
 from zmqagent.rpc import pickler
 from zmqagent.wire.commands import Failure, Pickled
 
-__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "raising", "rebuild"]
+__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "raising", "rebuild", "untraced"]
 
 _logger = logging.getLogger(__name__)
 
@@ -123,7 +123,18 @@ class Failed:
         """For a user function's `Failure`, or an error of the agent."""
         if isinstance(cause, Failure):
             return cls(lambda: rebuild(cause))
-        return cls(lambda: _again(cause))
+        kept = untraced(cause)
+        return cls(lambda: _again(kept))
+
+
+def untraced(error: RpcError) -> RpcError:
+    """A copy of ``error`` to keep. A traceback would keep alive all frames that led to it, and in them whatever the caller has at
+    hand; often also what keeps the error, a future or an RRef, which then would never die."""
+    cause = error.__cause__
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__
+    return _again(error)
 
 
 def _again(error: RpcError) -> RpcError:

@@ -27,7 +27,7 @@ from zmqagent.exceptions import (
 )
 from zmqagent.rpc import pickler
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS
-from zmqagent.rpc.failures import Failed, new_future
+from zmqagent.rpc.failures import Failed, new_future, untraced
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import current_call
 from zmqagent.rpc.remote_module import is_remote_forward, remote_forward
@@ -199,6 +199,7 @@ class Invoker:
         rref._set_future(creation)
 
         def failed(error: RpcError) -> None:
+            error = untraced(error)
             self._rrefs.creation_failed(rref_id, fork_id, error)
             creation.set_result(Failed.by(error))
 
