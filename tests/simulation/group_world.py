@@ -2,7 +2,8 @@
 
 Every life of a worker is a `Life`; it is one of many that may want the same name or id. The store exchanges values atomically,
 and between a life's reading and its exchange anything may happen. The network delays, copies and reorders, and delivers
-everything in the end; what is meant for a life that is over is dropped. Deaths are noticed at some later time, by each peer on its own.
+everything in the end; what is meant for a life that is over is dropped. Deaths are noticed at some later time, by each peer on
+its own.
 """
 
 from __future__ import annotations
