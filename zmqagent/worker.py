@@ -20,7 +20,7 @@ from zmqagent.agent.rendezvous import Rendezvous
 from zmqagent.agent.roster import check_static
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
-from zmqagent.exceptions import AlreadyInitializedError, RpcError, ShutdownError
+from zmqagent.exceptions import AlreadyInitializedError, InvalidTypeError, RpcError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.rpc.failures import raising
 from zmqagent.rpc.futures import collect_all, wait_all
@@ -229,6 +229,8 @@ def _end_with_future(record: Any, future: Any) -> Any:
 
 
 def _gradients(contexts: DistAutogradContainer, context_id: int) -> Any:
+    if type(context_id) is not int:
+        raise InvalidTypeError(f"get_gradients(): an autograd context's id is an int, not a {type(context_id).__name__}")
     return contexts.retrieve_context(context_id).gradients()
 
 

@@ -156,8 +156,8 @@ def test_a_request_may_be_answered_later_and_only_once(pair: Pair) -> None:
     respond = responds.get(timeout=DEADLINE_S)
     assert alice.agent.get_metrics()["agent.client_active_calls"] == "1"
     assert bob.agent.get_metrics()["agent.server_active_calls"] == "1"
-    respond(Ack().to_message())
-    assert isinstance(reply(replies), Ack)
+    respond(Return(Pickled()).to_message())
+    assert isinstance(reply(replies), Return)
     with pytest.raises(RpcError, match="answered twice"):
         respond(Ack().to_message())
     assert bob.agent.get_metrics()["agent.server_active_calls"] == "0"

@@ -325,10 +325,10 @@ def test_the_target_device_is_asked_and_named() -> None:
         asked.append(device)
         return torch.device("meta")
 
-    descriptions, buffers = pack([torch.ones(LARGE), torch.ones(3).to_sparse()], target)
+    pack([torch.ones(LARGE), torch.ones(3).to_sparse()], target)
     assert asked == [torch.device("cpu")] * 3
     # No accelerator is needed to see where a tensor is put: "meta" is a device like any other to torch.
-    got = unpack(*wire(descriptions[:1], buffers))
+    got = unpack(*wire(*pack([torch.ones(LARGE)], target)))
     assert got[0].is_meta
 
 
@@ -468,8 +468,12 @@ def dense(**changes: Any) -> tuple[Any, ...]:
         (dense(size=20), "a tensor needs 24 bytes, and 20 arrived"),
         (dense(start=1.0), "places in buffers are not negative"),
         ((1, "float32", 0, (1 << 62,), (4,)), "sizes have a limit"),
-        ((1, "int8", 1, (1,), (1,)), "a tensor cannot be built from what arrived: only Tensors of floating point"),
-        ((2, 0, (9,), VALUES, VALUES), "pieces of memory do not overlap|cannot be built"),
+        ((2, 0, (9,), VALUES, VALUES), "16 bytes arrived that belong to no tensor"),
+        ((2, 0, (9,), dense(dtype="int64", sizes=(1, 1 << 50), strides=(0, 0)), VALUES), "indices and scales do not overlap"),
+        (
+            (5, dense(dtype="qint8", sizes=(1 << 50,), strides=(0,)), 0, *[dense(sizes=(1 << 50,), strides=(0,))] * 2),
+            "indices and scales do not overlap",
+        ),
         ((2, 0, (9,), INDICES, (1, "float32", 0, (2,), (1,))), "its parts are strided"),
         ((2, 0, (9,), INDICES, dense(flags=1)), "its kind has these flags"),
         ((2, 0, (1,), INDICES, VALUES), "cannot be built from what arrived"),
@@ -491,6 +495,24 @@ def test_a_description_that_is_wrong_is_refused(description: Any, text: str) -> 
     buffer = memoryview(bytearray(torch.tensor([2, 1, 0]).numpy().tobytes()))
     with pytest.raises(ProtocolError, match=text):
         unpack([description], [buffer])
+
+
+def test_a_meta_tensor_that_torch_refuses_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="a tensor cannot be built from what arrived: only Tensors of floating point"):
+        unpack([(1, "int8", 1, (1,), (1,))], [])
+
+
+@pytest.mark.parametrize("descriptions", [[], [dense(sizes=(1, 3), size=12)], [dense(sizes=(0, 3))]], ids=len)
+def test_bytes_that_belong_to_no_tensor_are_refused(descriptions: list[Any]) -> None:
+    with pytest.raises(ProtocolError, match=r"(12|24) bytes arrived that belong to no tensor"):
+        unpack(descriptions, [memoryview(bytearray(24))])
+
+
+def test_sparse_tensors_whose_parts_are_expanded_arrive() -> None:
+    indices = torch.zeros(1, 1, dtype=torch.int64).expand(2, 3)
+    sent = torch.sparse_coo_tensor(indices, torch.ones(1).expand(3), (2, 2), check_invariants=False)
+    (got,) = unpack(*wire(*pack([sent])))
+    assert torch.equal(got.to_dense(), torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
 
 
 def test_pieces_that_overlap_are_refused() -> None:

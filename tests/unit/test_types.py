@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqagent.wire.types import ForkId, MessageType, RRefId
+from zmqagent.wire.types import ANSWERS, ForkId, MessageType, RRefId, shown
 
 # torch/csrc/distributed/rpc/message.h
 TORCHS = {
@@ -75,3 +75,20 @@ def test_the_documentation_lists_every_message_with_its_number() -> None:
     numbers = {int(number, 16) for number in reserved[1].split(", ")}
     assert listed == {t.name: t.value for t in MessageType if t.value not in numbers}
     assert numbers <= {t.value for t in MessageType}
+
+
+def test_the_documentation_says_what_answers_each_request() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire-protocol.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| 0x1[0-9a-f]+ \| (\w+) \|.*\| (\w+) \|$", text, re.MULTILINE))
+    assert set(listed) == {request.name for request in ANSWERS}
+    for request, answers in ANSWERS.items():
+        assert listed[request.name] in {answer.name for answer in answers} or (listed[request.name], answers) == ("none", set())
+
+
+def test_what_a_peer_sent_is_shown_in_a_line_however_long_or_deep_it_is() -> None:
+    deep: tuple[object, ...] = ()
+    for _ in range(100_000):
+        deep = (deep,)
+    for value in (deep, (1,) * 1_000_000, "x" * 1_000_000, b"x" * 1_000_000, {"a": "\ud800" * 1000}):
+        assert len(shown(value)) < 700
+    assert shown((1, "text", (2.5, None))) == "(1, 'text', (2.5, None))"

@@ -26,7 +26,7 @@ from torch.distributed.rpc import WorkerInfo
 
 from zmqagent.agent.admission import Admission, Departures
 from zmqagent.agent.barriers import Barriers
-from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond, check_timeout
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
@@ -211,8 +211,10 @@ class ZmqRpcAgent:
         if self._is_shut_down:
             raise ShutdownError(f"worker {self._me.name} has shut down and sends nothing more")
         peer = self._group.destination(to)
-        seconds = self._rpc_timeout if timeout < 0 else timeout
-        self._exchange.request(peer, message, on_reply, timeout=seconds, retry=retry)
+        seconds = check_timeout(timeout)
+        self._exchange.request(
+            peer, message, on_reply, timeout=self._rpc_timeout if seconds == UNSET_TIMEOUT else seconds, retry=retry
+        )
 
     # What torch asks.
 
@@ -257,15 +259,19 @@ class ZmqRpcAgent:
         return self._rpc_timeout
 
     def set_rpc_timeout(self, seconds: float) -> None:
-        """Sets the default timeout of later calls; 0 for none."""
-        self._rpc_timeout = float(seconds)
+        """Sets the default timeout of later calls; 0 for none.
+
+        Raises:
+            InvalidTypeError, InvalidOptionError: it is no finite number, or negative.
+        """
+        self._rpc_timeout = check_timeout(seconds, may_be_unset=False)
 
     def enable_gil_profiling(self, flag: bool) -> None:
         """Begins, or ends, to measure how long threads that serve requests wait for the interpreter's lock."""
         self._exchange.gil.is_enabled = flag
 
     def get_metrics(self) -> dict[str, str]:
-        """torch's metrics of an agent, and how many messages came late or twice."""
+        """torch's metrics of an agent, and how many messages came late, twice, or such that they could not be read."""
         client, server = self._exchange.active()
         metrics = {
             "agent.thread_pool_size": self._executor.size,
@@ -273,7 +279,7 @@ class ZmqRpcAgent:
             "agent.client_active_calls": client,
             "agent.server_active_calls": server,
             "agent.server_active_async_calls": self._exchange.active_async(),
-            **self._exchange.late_and_duplicate(),
+            **self._exchange.dropped(),
             **self._exchange.gil.metrics(),
         }
         return {name: str(value) for name, value in metrics.items()}
@@ -377,6 +383,7 @@ class ZmqRpcAgent:
         self._exchange.close(reason)
         if self._executor.wait_for_end(_PATIENCE if self._has_ended else _PATIENCE_WITHOUT_JOIN):
             atexit.unregister(self._at_exit)
+        self._exchange.refusals.report(at_once=True)
         self._transport.close()
 
     def _at_exit(self) -> None:
@@ -398,6 +405,7 @@ class ZmqRpcAgent:
         self._exchange.submit(self._exchange.tick())
         if time.monotonic() - self._house_kept_at >= _LONGEST_WAIT:
             self._house_kept_at = time.monotonic()
+            self._exchange.refusals.report()
             self._exchange.submit([self._keep_house])
         if event is None:
             return None

@@ -6,20 +6,55 @@ above it only as a `RequestCallback` (torch's own term), so that it never unpick
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from zmqagent.exceptions import RpcError
+from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, RpcError
 from zmqagent.wire.commands import Command
 from zmqagent.wire.types import Message, WorkerId
 
-__all__ = ["NO_TIMEOUT", "UNSET_TIMEOUT", "OnReply", "OnUnusedAnswer", "Reply", "RequestCallback", "Requester", "Respond"]
+__all__ = [
+    "NO_TIMEOUT",
+    "UNSET_TIMEOUT",
+    "OnReply",
+    "OnUnusedAnswer",
+    "Reply",
+    "RequestCallback",
+    "Requester",
+    "Respond",
+    "check_timeout",
+]
 
 UNSET_TIMEOUT = -1.0
 """As a timeout: the agent's default (``rpc_timeout`` of the options, or what ``_set_rpc_timeout`` set)."""
 
 NO_TIMEOUT = 0.0
 """As a timeout: none; only an answer, the peer's death or shutdown ends the call."""
+
+
+def check_timeout(timeout: Any, *, may_be_unset: bool = True) -> float:
+    """A timeout as a user gave it: seconds, `NO_TIMEOUT`, or `UNSET_TIMEOUT` where that ``may_be_unset``.
+
+    >>> check_timeout(-1)
+    -1.0
+
+    Raises:
+        InvalidTypeError: it is no number.
+        InvalidOptionError: it is another negative number, infinite or not a number.
+    """
+    if not isinstance(timeout, numbers.Real):
+        raise InvalidTypeError(f"a timeout is a number of seconds, not a {type(timeout).__name__}; 0 stands for no limit")
+    try:
+        seconds = float(timeout)
+    except OverflowError:
+        seconds = math.inf
+    if not (0 <= seconds < math.inf or (seconds == UNSET_TIMEOUT and may_be_unset)):
+        others = "0 for no limit, or -1 for the agent's default" if may_be_unset else "or 0 for no limit"
+        raise InvalidOptionError(f"a timeout is a finite number of seconds, {others}, and not {timeout!s:.40}")
+    return seconds
+
 
 Reply = Command | RpcError
 """What became of a request: the peer's answer, or why there is none. A peer's `Failure` with an error code arrives as that

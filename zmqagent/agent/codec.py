@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from zmqagent.agent.base import Reply
 from zmqagent.agent.devices import cpu_only
 from zmqagent.agent.tensors import pack, unpack
+from zmqagent.exceptions import ProtocolError, error_class
+from zmqagent.wire.commands import Failure, parse
 from zmqagent.wire.frames import Envelope, encode
-from zmqagent.wire.types import Message, WorkerId
+from zmqagent.wire.types import ANSWERS, Message, MessageType, WorkerId
 
 __all__ = ["Codec"]
 
@@ -56,7 +59,29 @@ class Codec:
         """The message in a received envelope, its tensors rebuilt.
 
         Raises:
-            ProtocolError: the tensors do not fit their descriptions.
+            ProtocolError: tensors and descriptions do not fit each other.
         """
-        tensors = unpack(envelope.tensors, envelope.tensor_buffers) if envelope.tensors else ()
+        has_tensors = envelope.tensors or envelope.tensor_buffers
+        tensors = unpack(envelope.tensors, envelope.tensor_buffers) if has_tensors else ()
         return Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers, tensors)
+
+    @classmethod
+    def reply(cls, asked: MessageType, envelope: Envelope) -> Reply:
+        """What a received envelope answers to a request of type ``asked``.
+
+        Raises:
+            ProtocolError: it is no answer to that, or cannot be read.
+        """
+        kind = envelope.type
+        if kind is not MessageType.EXCEPTION and kind not in ANSWERS.get(asked, ()):
+            raise ProtocolError(f"a {asked.name} was answered by a {kind.name}, which is no answer to it")
+        try:
+            command = parse(cls.message(envelope))
+        except ProtocolError:
+            raise
+        except Exception as error:
+            # Out of memory, for example: the call has failed, and its caller must know.
+            raise ProtocolError(f"the answer could not be read: {error!r}") from error
+        if isinstance(command, Failure) and command.code:
+            return error_class(command.code)(command.text)
+        return command

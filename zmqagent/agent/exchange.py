@@ -23,11 +23,12 @@ from zmqagent.agent.codec import Codec
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.gil import GilProfiler
+from zmqagent.agent.refusals import Refusals
 from zmqagent.agent.served import Served
-from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, SendFailedError, ShutdownError, error_class
+from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, SendFailedError, ShutdownError, UnreadableCallError
 from zmqagent.transport.base import PeerRecord, Transport
-from zmqagent.wire.commands import Failure, parse
-from zmqagent.wire.frames import Envelope, decode
+from zmqagent.wire.commands import Failure
+from zmqagent.wire.frames import Envelope, Label, decode, read_label
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["Exchange", "is_request"]
@@ -62,6 +63,7 @@ class _Waiting:
     on_reply: OnReply
     frames: list[Any] | None
     counted: int
+    asked: MessageType
 
 
 class Exchange:
@@ -102,6 +104,7 @@ class Exchange:
         # Used by the thread that receives alone, and for calls to oneself; the lock orders these.
         self._served_lock = threading.Lock()
         self._served = Served()
+        self.refusals = Refusals(me.name)
         # Counts calls whose callbacks have not returned, and requests that have not been answered. Notified when one ends.
         self._activity = threading.Condition()
         self._client_active = 0
@@ -136,7 +139,7 @@ class Exchange:
             if self._closed_for is not None:
                 raise type(self._closed_for)(*self._closed_for.args)
             self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
-            self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted)
+            self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted, message.type)
             is_earlier = self._calls.next_deadline() < self._looks_up_at
         self._count_client(counted)
         try:
@@ -256,23 +259,44 @@ class Exchange:
         try:
             envelope = decode(frames)
         except ProtocolError as error:
-            # There is nobody to answer: who sent it, and for which call, is part of what could not be read.
-            _logger.warning("worker %s dropped a message that it cannot read: %s", self._me.name, error)
-            return None
-        source, incarnation = envelope.source, envelope.source_incarnation
-        if accepts is not None and envelope.type not in _FROM_ANYBODY and not accepts(source, incarnation):
-            _logger.debug("dropped a %s of a former life of worker %d", envelope.type.name, source)
-            return None
-        if envelope.destination_incarnation not in (0, self._me.incarnation):
-            _logger.debug("dropped a %s that worker %d meant for a former worker", envelope.type.name, source)
+            return self._refuse(frames, error, accepts)
+        if not self._is_meant(envelope, accepts):
             return None
         if envelope.type.is_response:
             return self._take_answer(envelope)
         with self._served_lock:
-            is_new = self._served.admit(source, incarnation, envelope.call_id)
+            is_new = self._served.admit(envelope.source, envelope.source_incarnation, envelope.call_id)
         if not is_new and envelope.type not in _IDEMPOTENT:
             return None
         return _Serving(self, envelope)
+
+    def _is_meant(self, message: Envelope | Label, accepts: Callable[[WorkerId, int], bool] | None) -> bool:
+        """Whether sender and receiver of a message are who they were when it was sent."""
+        source = message.source
+        from_anybody = message.type in _FROM_ANYBODY
+        if accepts is not None and not from_anybody and not accepts(source, message.source_incarnation):
+            _logger.debug("dropped a message of a former life of worker %d", source)
+            return False
+        if message.destination_incarnation not in (0, self._me.incarnation):
+            _logger.debug("dropped a message that worker %d meant for a former worker", source)
+            return False
+        return True
+
+    def _refuse(self, frames: Any, error: ProtocolError, accepts: Callable[[WorkerId, int], bool] | None) -> Task | None:
+        """What is to be done about a message that cannot be read: whoever waits for its answer, or for this answer, is told."""
+        self.refusals.note(f"cannot read a message: {error}")
+        label = read_label(frames)
+        if label is None or not self._is_meant(label, accepts):
+            return None
+        if label.is_request:
+            return partial(self._answer_refused, label, error)
+        if label.is_response:
+            waiting = self._end_call(label)
+            return partial(self._complete, waiting, error) if waiting is not None else None
+        return None
+
+    def _answer_refused(self, label: Label, error: ProtocolError) -> None:
+        self.answer(label, self.failure(error))
 
     def forget(self, source: WorkerId, incarnation: int) -> None:
         """Nothing more comes from this incarnation."""
@@ -280,30 +304,29 @@ class Exchange:
             self._served.forget(source, incarnation)
 
     def _take_answer(self, envelope: Envelope) -> Task | None:
-        call_id = (envelope.source, envelope.call_id)
-        with self._lock:
-            if not self._calls.answered(call_id):
-                return partial(self._leave_unused, envelope)
-            waiting = self._waiting.pop(call_id)
+        waiting = self._end_call(envelope)
+        if waiting is None:
+            return partial(self._leave_unused, envelope)
         return partial(self._complete_with, waiting, envelope)
+
+    def _end_call(self, answer: Envelope | Label) -> _Waiting | None:
+        """The call that is answered, which is under way no more; None if it was not."""
+        call_id = (answer.source, answer.call_id)
+        with self._lock:
+            return self._waiting.pop(call_id) if self._calls.answered(call_id) else None
 
     def _leave_unused(self, envelope: Envelope) -> None:
         self._on_unused(Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers))
 
     def _complete_with(self, waiting: _Waiting, envelope: Envelope) -> None:
-        self._complete(waiting, self._read(envelope))
-
-    def _read(self, envelope: Envelope) -> Reply:
-        """The reply in an envelope; an unreadable one is the call's failure."""
+        reply: Reply
         try:
-            command = parse(self._codec.message(envelope))
-        except Exception as error:
+            reply = self._codec.reply(waiting.asked, envelope)
+        except ProtocolError as error:
+            self.refusals.note(f"cannot read an answer of worker {envelope.source}: {error}")
             self.submit([partial(self._leave_unused, envelope)])
-            # Out of memory, for example: the call has failed, and its caller must know.
-            return error if isinstance(error, RpcError) else ProtocolError(f"the answer could not be read: {error!r}")
-        if isinstance(command, Failure) and command.code:
-            return error_class(command.code)(command.text)
-        return command
+            reply = error
+        self._complete(waiting, reply)
 
     def _complete(self, waiting: _Waiting, reply: Reply) -> None:
         try:
@@ -324,6 +347,8 @@ class Exchange:
         try:
             self._serve(envelope.source, self._codec.message(envelope), respond)
         except RpcError as error:
+            if isinstance(error, (ProtocolError, UnreadableCallError)):
+                self.refusals.note(f"refused a {envelope.type.name} of worker {envelope.source}: {error}")
             respond.fail(error)
         except BaseException as error:
             # SystemExit too: whoever asked waits for an answer, whatever was raised.
@@ -331,7 +356,7 @@ class Exchange:
             respond.fail(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}"))
         respond.defer()
 
-    def answer(self, request: Envelope, message: Message) -> bool:
+    def answer(self, request: Envelope | Label, message: Message) -> bool:
         """Sends the answer to ``request``; False if it cannot be encoded, and a `Failure` went in its place."""
         to, incarnation, number = request.source, request.source_incarnation, request.call_id
         encoded = True
@@ -390,9 +415,13 @@ class Exchange:
             self._server_deferred += deferred
             self._activity.notify_all()
 
-    def late_and_duplicate(self) -> Mapping[str, int]:
-        """How many answers came too late, and how many requests came twice."""
-        return {"agent.late_replies": self._calls.late_replies, "agent.duplicate_requests": self._served.duplicates}
+    def dropped(self) -> Mapping[str, int]:
+        """How many answers came too late, how many requests came twice, and how many messages could not be read."""
+        return {
+            "agent.late_replies": self._calls.late_replies,
+            "agent.duplicate_requests": self._served.duplicates,
+            "agent.refused_messages": self.refusals.total,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,8 +454,8 @@ class _Respond:
         return self._answer(message)
 
     def fail(self, error: RpcError) -> None:
-        """Answers with ``error``, unless the request was answered before it was raised."""
-        if self._claim():
+        """Answers with ``error``, unless the request was answered before it was raised, or nobody waits for an answer."""
+        if self._claim() and self._request.type is not MessageType.GOODBYE:
             self._answer(self._exchange.failure(error))
 
     def defer(self) -> None:

@@ -27,13 +27,13 @@ from zmqagent.agent.tensor_kinds import (
     Kind,
 )
 from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.types import MAX_INT, shown
 
 __all__ = ["Builder", "Incoming"]
 
 Builder = Callable[[], torch.Tensor]
 _T = TypeVar("_T")
 
-_MAX_INT = (1 << 63) - 1
 # torch's own limit for most operations (TensorIterator); a shape beyond it is of no use.
 _MAX_DIMENSIONS = 64
 
@@ -60,7 +60,7 @@ class _Strided(NamedTuple):
 
 
 class Incoming:
-    """The tensors of one message on their way in. `check` every description first, then run the builders."""
+    """The tensors of one message on their way in. `check` every description, then `check_rest`, then run the builders."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._buffers = buffers
@@ -77,8 +77,14 @@ class Incoming:
         kind = description[0] if type(description) is tuple and description else None
         check = _CHECKS.get(kind) if type(kind) is int else None
         if check is None:
-            raise ProtocolError(f"tensor kind {kind!r:.100} is unknown to this version of zmqagent")
+            raise ProtocolError(f"tensor kind {shown(kind)} is unknown to this version of zmqagent")
         return check(self, description)
+
+    def check_rest(self) -> None:
+        """Raises `ProtocolError` if more bytes came than the tensors that were checked consist of."""
+        left = sum(self._unclaimed)
+        if left:
+            raise ProtocolError(f"{left} bytes arrived that belong to no tensor")
 
     def _dense(self, description: Any) -> Builder:
         strided = self._strided(description, DTYPES, REQUIRES_GRAD | CONJUGATE | NEGATIVE)
@@ -92,14 +98,14 @@ class Incoming:
         _check_flags(flags, REQUIRES_GRAD)
         _check_sizes(sizes)
         _check_strides(sizes, strides)
-        _require(extent(sizes, strides) * dtype.itemsize <= _MAX_INT, "sizes have a limit")
+        _require(extent(sizes, strides) * dtype.itemsize <= MAX_INT, "sizes have a limit")
         return lambda: _with_grad(torch.empty_strided(sizes, strides, dtype=dtype, device="meta"), flags)
 
     def _coo(self, description: Any) -> Builder:
         flags, sizes, indices, values = _take(description, 4)
         _check_flags(flags, REQUIRES_GRAD | COALESCED)
         _check_sizes(sizes)
-        i, v = self._part(indices), self._part(values)
+        i, v = self._index(indices), self._part(values)
         return lambda: _with_grad(
             torch.sparse_coo_tensor(
                 self._build(i), self._build(v), sizes, is_coalesced=bool(flags & COALESCED), check_invariants=True
@@ -111,10 +117,10 @@ class Incoming:
         name, flags, sizes, compressed, plain, values = _take(description, 6)
         layout = LAYOUTS.get(name) if type(name) is str else None
         if layout is None:
-            raise ProtocolError(f"sparse layout {name!r:.100} is unknown to this version of zmqagent")
+            raise ProtocolError(f"sparse layout {shown(name)} is unknown to this version of zmqagent")
         _check_flags(flags, REQUIRES_GRAD)
         _check_sizes(sizes)
-        c, p, v = self._part(compressed), self._part(plain), self._part(values)
+        c, p, v = self._index(compressed), self._index(plain), self._part(values)
 
         def build() -> torch.Tensor:
             parts = self._build(c), self._build(p), self._build(v)
@@ -139,7 +145,7 @@ class Incoming:
         data, axis, scales, zero_points = _take(description, 4)
         strided = self._part(data, QUANTIZED_DTYPES)
         _require(type(axis) is int and 0 <= axis < len(strided.sizes), "the axis of a quantized tensor is one of its dimensions")
-        s, z = self._part(scales), self._part(zero_points)
+        s, z = self._index(scales), self._index(zero_points)
         channels = (strided.sizes[axis],)
         _require(s.sizes == channels and z.sizes == channels, "a quantized tensor has a scale and a zero point for each channel")
         # Memory comes later; only the axis must be there for torch to compare it with the scales.
@@ -157,6 +163,14 @@ class Incoming:
         """A strided part of a tensor of another kind."""
         _require(type(description) is tuple and description[:1] == (Kind.DENSE,), "its parts are strided")
         return self._strided(description, dtypes, CONJUGATE | NEGATIVE if dtypes is DTYPES else 0)
+
+    def _index(self, description: Any) -> _Strided:
+        """A part whose elements torch goes through one by one, so that each must have arrived. (Those of other parts may lie in
+        one place, however many they are: ``expand`` makes such tensors.)"""
+        part = self._part(description)
+        arrived = part.piece.size if part.piece is not None else 0
+        _require(math.prod(part.sizes) * part.dtype.itemsize <= arrived, "indices and scales do not overlap in memory")
+        return part
 
     def _strided(self, description: Any, dtypes: Mapping[str, torch.dtype], allowed_flags: int) -> _Strided:
         name, flags, device, sizes, strides, offset, buffer, start, size = _take(description, 9)
@@ -230,12 +244,12 @@ def _take(description: tuple[Any, ...], count: int) -> tuple[Any, ...]:
 
 
 def _natural(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value <= _MAX_INT for value in values)
+    return all(type(value) is int and 0 <= value <= MAX_INT for value in values)
 
 
 def _check_sizes(sizes: Any) -> None:
     _require(type(sizes) is tuple and len(sizes) <= _MAX_DIMENSIONS and _natural(*sizes), "sizes are not negative")
-    _require(math.prod(sizes) <= _MAX_INT, "sizes have a limit")
+    _require(math.prod(sizes) <= MAX_INT, "sizes have a limit")
 
 
 def _check_strides(sizes: tuple[int, ...], strides: Any) -> None:
@@ -253,7 +267,7 @@ def _check_flags(flags: Any, allowed: int, dtype: torch.dtype | None = None) -> 
 def _dtype(name: Any, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     dtype = dtypes.get(name) if type(name) is str else None
     if dtype is None:
-        raise ProtocolError(f"dtype {name!r:.100} is unknown to this version of zmqagent, or wrong for this kind of tensor")
+        raise ProtocolError(f"dtype {shown(name)} is unknown to this version of zmqagent, or wrong for this kind of tensor")
     return dtype
 
 
@@ -263,7 +277,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ProtocolError(f"a tensor is meant for device {name!r:.100}, which torch does not know") from error
+        raise ProtocolError(f"a tensor is meant for device {shown(name)}, which torch does not know") from error
     if device.type not in ("cpu", "meta"):
         accelerator = torch.accelerator.current_accelerator()
         mine = accelerator is not None and device.type == accelerator.type

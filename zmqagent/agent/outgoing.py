@@ -82,14 +82,15 @@ class Outgoing:
             return self._quantized(plain) if plain.is_quantized else self._dense(plain, flags)
         if layout is torch.sparse_coo:
             flags |= COALESCED if plain.is_coalesced() else 0
-            return (Kind.COO, flags, tuple(plain.size()), self._dense(plain._indices()), self._dense(plain._values()))
+            indices = self._dense(plain._indices().contiguous())
+            return (Kind.COO, flags, tuple(plain.size()), indices, self._dense(plain._values()))
         name = LAYOUT_NAMES.get(layout)
         if name is None:
             raise NotPicklableError(f"a tensor of layout {layout} cannot be sent; convert it with to_dense() first")
         by_rows = name in ("csr", "bsr")
         outer = plain.crow_indices() if by_rows else plain.ccol_indices()
         inner = plain.col_indices() if by_rows else plain.row_indices()
-        parts = (self._dense(outer), self._dense(inner), self._dense(plain.values()))
+        parts = (self._dense(outer.contiguous()), self._dense(inner.contiguous()), self._dense(plain.values()))
         return (Kind.COMPRESSED, name, flags, tuple(plain.size()), *parts)
 
     def _dense(self, tensor: torch.Tensor, flags: int = 0) -> _Part:

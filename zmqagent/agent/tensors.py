@@ -55,6 +55,7 @@ def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview]) -> list[t
     """
     incoming = Incoming(buffers)
     builders = [incoming.check(description) for description in descriptions]
+    incoming.check_rest()
     try:
         return [build() for build in builders]
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:

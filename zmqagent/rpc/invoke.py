@@ -205,13 +205,13 @@ class Invoker:
 
         def on_reply(reply: Reply) -> None:
             # Who could not read the call has made the RRef all the same, with that error in place of its value.
-            if isinstance(reply, RemoteReturn | UnreadableCallError):
+            if reply == RemoteReturn(rref_id, fork_id) or isinstance(reply, UnreadableCallError):
                 self._rrefs.confirm_remote(rref_id, fork_id)
                 creation.set_result(None)
             elif isinstance(reply, RpcError):
                 failed(reply)
             else:
-                failed(ProtocolError(f"a remote call was answered by a {type(reply).__name__}"))
+                failed(ProtocolError(f"a remote call was answered by a {type(reply).__name__}, and not for its own RRef"))
 
         try:
             self._send(WorkerId(dst.id), call, message(rref_id, fork_id), on_reply, timeout, attach_always)

@@ -77,7 +77,15 @@ class Messenger:
             return error if isinstance(error, RpcError) else ProtocolError(f"the answer cannot be taken in: {error!r}")
 
     def unwrap(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:
-        """The inner message, its tensors joined to ``context`` by a recv function."""
+        """The inner message, its tensors joined to ``context`` by a recv function.
+
+        Raises:
+            ProtocolError: it belongs to another context.
+        """
+        if wrapped.metadata.context_id != context.context_id:
+            raise ProtocolError(
+                f"a message of autograd context {context.context_id} names context {wrapped.metadata.context_id} as its own"
+            )
         inner = wrapped.inner
         tensors = context.attach_incoming(wrapped.metadata, source, inner.tensors)
         return Message(inner.type, inner.fields, inner.payload, inner.buffers, tensors)

@@ -17,7 +17,7 @@ from zmqagent.agent.base import Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.autograd.engine import DistEngine
-from zmqagent.exceptions import CalleeError, RpcError, UnreadableCallError
+from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, UnreadableCallError
 from zmqagent.rpc import failures, pickler
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import RpcProfiler
@@ -105,13 +105,19 @@ class RpcRequestCallback:
             profile, respond = self._profiler.serve(command, respond)
             command = parse(command.inner)
         if isinstance(command, ForwardAutograd):
+            # Before a context is made for it: one that a broken message names is never released.
+            self._handler(parse(command.inner))
             context = self._contexts.get_or_create_context(command.metadata.context_id)
             command = parse(self._messenger.unwrap(context, source, command))
-        handler = self._handlers.get(type(command))
-        if handler is None:
-            raise CalleeError(f"a {type(command).__name__} is no request that this worker serves")
+        handler = self._handler(command)
         with self._contexts.activate(context), clean_state():
             handler(_Request(source, respond, context, profile), command)
+
+    def _handler(self, command: Command) -> Callable[[_Request, Any], None]:
+        handler = self._handlers.get(type(command))
+        if handler is None:
+            raise ProtocolError(f"a {type(command).__name__} is no request that this worker serves")
+        return handler
 
     # Calls. The function, or what it names, is loaded first; it runs when the owners know of the RRefs among its arguments.
 
@@ -141,7 +147,8 @@ class RpcRequestCallback:
         self._rrefs.create_owner(call.rref_id, call.fork_id)
         try:
             self._run(request, load, call.body, call.is_async, keep)
-        except RpcError as error:
+        except BaseException as error:
+            # Whatever it was, fetches wait for a value or for this.
             keep(None, error)
 
     def _run(
@@ -177,11 +184,17 @@ class RpcRequestCallback:
         udf = pickler.loads(body)
         if not isinstance(udf, PythonUDF):
             raise CalleeError(f"a call carries a function and its arguments, but a {type(udf).__qualname__} arrived")
-        return partial(udf.func, *udf.args, **udf.kwargs)
+        # What cannot be called so is the caller's mistake, and comes back to it as Python's own error.
+        return lambda: udf.func(*udf.args, **udf.kwargs)
 
     def _load_script(self, call: ScriptCall | ScriptRemoteCall, body: Pickled) -> Callable[[], Any]:
         function = resolve_script_function(call.name, call.is_builtin)
-        args, kwargs = pickler.loads(body)
+        arguments = pickler.loads(body)
+        try:
+            args, kwargs = arguments
+            args, kwargs = tuple(args), dict(kwargs)
+        except (TypeError, ValueError) as error:
+            raise CalleeError(f"a call of {call.name} carries arguments and a dict of named ones: {error}") from error
         if call.is_builtin:
             return partial(function, *args, **kwargs)
         if call.is_async:

@@ -21,7 +21,7 @@ def give_back(answer: Command | Message) -> None:
         while isinstance(answer, Message | ForwardAutograd | ProfiledReturn):
             answer = parse(answer if isinstance(answer, Message) else answer.inner)
     except ProtocolError as error:
-        _logger.warning("an answer that nobody takes cannot be read either: %s", error)
+        _logger.debug("an answer that nobody takes cannot be read either: %s", error)
         return
     if not isinstance(answer, Return):
         return

@@ -22,7 +22,7 @@ from torch.distributed.rpc.api import _rref_typeof_on_owner, _rref_typeof_on_use
 from torch.distributed.rpc.rref_proxy import RRefProxy
 from torch.futures import Future
 
-from zmqagent.agent.base import UNSET_TIMEOUT
+from zmqagent.agent.base import UNSET_TIMEOUT, check_timeout
 from zmqagent.exceptions import BackwardError, RpcError, RpcTimeoutError, RRefUsageError
 from zmqagent.rref.forks import receive_rref
 from zmqagent.rref.users import UserState
@@ -273,7 +273,8 @@ class RRef:
         """
         rref = self._rref
         if isinstance(rref, OwnerRRef):
-            return rref.value(timeout if timeout > 0 else None)
+            seconds = check_timeout(timeout)
+            return rref.value(seconds if seconds > 0 else None)
         self._check_usable(rref, "Cannot call to_here() on it after deletion.")
         with self._profiled_to_here():
             return self._home.calls.fetch(rref.owner, rref.rref_id, timeout).wait()

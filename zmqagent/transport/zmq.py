@@ -33,6 +33,7 @@ from zmqagent.transport.hosts import host_identity
 from zmqagent.transport.link import Link, TornError, ZmqContext, ZmqSocket, as_part
 from zmqagent.transport.liveness import Liveness
 from zmqagent.transport.waker import Waker
+from zmqagent.wire.frames import DEFAULT_LIMITS
 from zmqagent.wire.types import WorkerId
 
 __all__ = ["ZmqTransport"]
@@ -75,6 +76,8 @@ class ZmqTransport(Transport):
         self._directory = SocketDirectory() if ipc else None
         self._pull: ZmqSocket = self._context.socket(zmq.PULL)
         self._pull.setsockopt(zmq.RCVHWM, 0)
+        # A frame is refused by its header, before libzmq takes memory for it; its connection is closed.
+        self._pull.setsockopt(zmq.MAXMSGSIZE, DEFAULT_LIMITS.message_bytes)
         # A host that vanished leaves its connections here; the kernel finds out.
         self._pull.setsockopt(zmq.TCP_KEEPALIVE, 1)
         try:

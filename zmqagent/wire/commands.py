@@ -3,7 +3,8 @@
 Pure. A command says what is asked or answered in the terms of torch's RPC; `Message` is the same in a shape that `frames` can
 put on the wire. Messages around other messages are in `wrappers`.
 
-`parse` turns a received `Message` into its command and raises `ProtocolError` if the fields do not fit.
+`parse` turns a received `Message` into its command and raises `ProtocolError` if the message does not fit: fields too many, too
+few, of other types or out of range, or a body that its type does not have.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.fields import take, take_bare, take_shares, take_without_pickle, to_fork_id, to_rref_id
 from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
 from zmqagent.wire.types import AutogradMetadata, ForkData, ForkId, Message, MessageType, RRefId
-from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling, take
+from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling
 
 __all__ = [
     "AbortBackward",
@@ -115,10 +117,7 @@ class Return:
 
     @classmethod
     def from_message(cls, message: Message) -> Return:
-        (shares,) = take(message, tuple)
-        if not all(type(share) is tuple and [type(value) for value in share] == [int] * 6 + [str] for share in shares):
-            raise ProtocolError(f"a share in an RRef is six integers and a text, but a {message.type.name} has {shares!r:.200}")
-        return cls(_body(message), shares)
+        return cls(_body(message), take_shares(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ class PythonRemoteCall:
     @classmethod
     def from_message(cls, message: Message) -> PythonRemoteCall:
         is_async, a, b, c, d = take(message, bool, int, int, int, int)
-        return cls(_body(message), is_async, RRefId(a, b), ForkId(c, d))
+        return cls(_body(message), is_async, to_rref_id(a, b), to_fork_id(c, d))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ class ScriptRemoteCall:
     @classmethod
     def from_message(cls, message: Message) -> ScriptRemoteCall:
         name, is_builtin, is_async, a, b, c, d = take(message, str, bool, bool, int, int, int, int)
-        return cls(_body(message), name, is_builtin, is_async, RRefId(a, b), ForkId(c, d))
+        return cls(_body(message), name, is_builtin, is_async, to_rref_id(a, b), to_fork_id(c, d))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +174,8 @@ class RemoteReturn:
 
     @classmethod
     def from_message(cls, message: Message) -> RemoteReturn:
-        a, b, c, d = take(message, int, int, int, int)
-        return cls(RRefId(a, b), ForkId(c, d))
+        a, b, c, d = take_bare(message, int, int, int, int)
+        return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +190,8 @@ class RRefFetch:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefFetch:
-        a, b = take(message, int, int)
-        return cls(RRefId(a, b))
+        a, b = take_bare(message, int, int)
+        return cls(to_rref_id(a, b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +207,8 @@ class RRefUserDelete:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefUserDelete:
-        a, b, c, d = take(message, int, int, int, int)
-        return cls(RRefId(a, b), ForkId(c, d))
+        a, b, c, d = take_bare(message, int, int, int, int)
+        return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +224,8 @@ class RRefForkRequest:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefForkRequest:
-        a, b, c, d = take(message, int, int, int, int)
-        return cls(RRefId(a, b), ForkId(c, d))
+        a, b, c, d = take_bare(message, int, int, int, int)
+        return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +240,8 @@ class RRefChildAccept:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefChildAccept:
-        a, b = take(message, int, int)
-        return cls(ForkId(a, b))
+        a, b = take_bare(message, int, int)
+        return cls(to_fork_id(a, b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +261,7 @@ class BackwardAutograd:
 
     @classmethod
     def from_message(cls, message: Message) -> BackwardAutograd:
-        context_id, message_id, pass_id, retain_graph = take(message, int, int, int, bool)
+        context_id, message_id, pass_id, retain_graph = take_without_pickle(message, int, int, int, bool)
         return cls(AutogradMetadata(context_id, message_id), pass_id, retain_graph, message.tensors)
 
 
@@ -280,7 +279,7 @@ class AbortBackward:
 
     @classmethod
     def from_message(cls, message: Message) -> AbortBackward:
-        return cls(*take(message, int, int, str))
+        return cls(*take_bare(message, int, int, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +294,7 @@ class CleanupContext:
 
     @classmethod
     def from_message(cls, message: Message) -> CleanupContext:
-        return cls(*take(message, int))
+        return cls(*take_bare(message, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +311,8 @@ class RRefBackward:
 
     @classmethod
     def from_message(cls, message: Message) -> RRefBackward:
-        a, b, context_id, retain_graph = take(message, int, int, int, bool)
-        return cls(RRefId(a, b), context_id, retain_graph)
+        a, b, context_id, retain_graph = take_bare(message, int, int, int, bool)
+        return cls(to_rref_id(a, b), context_id, retain_graph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +326,7 @@ class Ack:
 
     @classmethod
     def from_message(cls, message: Message) -> Ack:
-        take(message)
+        take_bare(message)
         return cls(message.type)
 
 

@@ -9,21 +9,22 @@ the tensors' buffers. The header is one msgpack array::
      fields, number of out-of-band buffers, sizes of all frames after the header, tensor descriptions]
 
 Its first six bytes (the array's marker, `MAGIC`, `VERSION`) keep their place in every version, so that a worker of another
-release is told apart from garbage. `decode` raises `ProtocolError` and nothing else, whatever arrives.
+release is told apart from garbage. `decode` raises `ProtocolError` and nothing else, whatever arrives, and takes no more memory
+than a small multiple of what arrived. Of a message that it refuses, `read_label` still tells whose it is if it can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgpack
 
 from zmqagent.exceptions import InvalidTypeError, NotPicklableError, ProtocolError
-from zmqagent.wire.types import MessageType, WorkerId
+from zmqagent.wire.types import MAX_INT, MAX_WORKER_ID, REQUEST_BIT, RESPONSE_BIT, MessageType, WorkerId, shown
 
-__all__ = ["VERSION", "Envelope", "Limits", "decode", "encode"]
+__all__ = ["DEFAULT_LIMITS", "VERSION", "Envelope", "Label", "Limits", "decode", "encode", "read_label"]
 
 VERSION = 1
 """The version of the protocol. It changes whenever a worker of the last release could misread a message of this one."""
@@ -31,11 +32,13 @@ VERSION = 1
 _MAGIC = "zmq"
 _LENGTH = 11
 _PREFIX = bytes([0x90 | _LENGTH]) + msgpack.packb(_MAGIC) + bytes([VERSION])
-_MAX_INT = (1 << 63) - 1
-_MAX_WORKER_ID = (1 << 15) - 1
 _TYPES = {int(t): t for t in MessageType}
 # What msgpack takes for a header at first. Ordinary ones have 40 to 200 bytes; its default of 256 KB costs more than the packing.
 _BUFFER_SIZE = 1024
+# Of a header beyond this size the structure is checked before any of it is built.
+_LARGE_HEADER = 4096
+# The values before the fields take 39 bytes at most.
+_LABEL_BYTES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,27 @@ class Envelope:
     buffers: Sequence[Any] = ()
     tensors: Sequence[Any] = ()
     tensor_buffers: Sequence[Any] = ()
+
+
+class Label(NamedTuple):
+    """What the beginning of a header says of a message that cannot be read as a whole. ``type`` may be a number that is unknown
+    here; the rest is as in `Envelope`."""
+
+    source: WorkerId
+    source_incarnation: int
+    destination_incarnation: int
+    call_id: int
+    type: int
+
+    @property
+    def is_request(self) -> bool:
+        """Whether its sender waits for an answer."""
+        return bool(self.type & REQUEST_BIT) and self.type != MessageType.GOODBYE
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it is an answer."""
+        return not self.type & REQUEST_BIT and bool(self.type & RESPONSE_BIT)
 
 
 def encode(envelope: Envelope, limits: Limits = DEFAULT_LIMITS) -> list[Any]:
@@ -131,19 +155,19 @@ def decode(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> Envelope:
     # The prefix has told that this is an array of so many values.
     content = _unpack(header)
     source, source_incarnation, destination_incarnation, call_id, number, fields, count, declared, tensors = content[2:]
-    _check_number("source", source, _MAX_WORKER_ID)
+    _check_number("source", source, MAX_WORKER_ID)
     _check_number("source incarnation", source_incarnation)
     _check_number("destination incarnation", destination_incarnation)
     _check_number("call id", call_id)
     kind = _TYPES.get(number) if type(number) is int else None
     if kind is None:
-        raise ProtocolError(f"message type {number!r} from worker {source} is unknown to protocol version {VERSION}")
+        raise ProtocolError(f"message type {shown(number)} from worker {source} is unknown to protocol version {VERSION}")
     if type(fields) is not tuple or type(tensors) is not tuple:
         raise ProtocolError(f"fields and tensor descriptions of a {kind.name} message are arrays")
     _check_depth(fields, limits.depth)
     _check_number("number of out-of-band buffers", count, len(body) - 1)
     if declared != sizes:
-        raise ProtocolError(f"a {kind.name} message declares frames of sizes {declared!r:.200}, but {sizes!s:.200} arrived")
+        raise ProtocolError(f"a {kind.name} message declares frames of sizes {shown(declared)}, but {shown(sizes)} arrived")
     return Envelope(
         source,
         source_incarnation,
@@ -156,6 +180,26 @@ def decode(frames: Sequence[Any], limits: Limits = DEFAULT_LIMITS) -> Envelope:
         tensors,
         body[count + 1 :],
     )
+
+
+def read_label(frames: Sequence[Any]) -> Label | None:
+    """Whose message it is that `decode` refuses, and for which call; None if the header does not say. Never raises.
+
+    The header may be cut anywhere behind that, and whatever follows may be wrong.
+    """
+    if not frames:
+        return None
+    start = bytes(memoryview(frames[0])[:_LABEL_BYTES])
+    if not start.startswith(_PREFIX):
+        return None
+    unpacker = msgpack.Unpacker(use_list=False, max_buffer_size=_LABEL_BYTES)
+    unpacker.feed(start[len(_PREFIX) :])
+    try:
+        label = Label(*[unpacker.unpack() for _ in Label._fields])
+    except (ValueError, msgpack.UnpackException, RecursionError):
+        return None
+    is_valid = all(type(value) is int and 0 <= value <= MAX_INT for value in label) and label.source <= MAX_WORKER_ID
+    return label if is_valid else None
 
 
 def _excess(limits: Limits, header_bytes: int, frames: int, body_bytes: int) -> str:
@@ -189,6 +233,11 @@ def _refuse_extension(code: int, _: bytes) -> NoReturn:
 
 def _unpack(header: memoryview) -> Any:
     try:
+        if header.nbytes > _LARGE_HEADER:
+            # msgpack takes memory for as many values as an array claims to have, at each level: a short header could claim much.
+            skimmer = msgpack.Unpacker(max_buffer_size=header.nbytes)
+            skimmer.feed(header)
+            skimmer.skip()
         return msgpack.unpackb(
             header,
             use_list=False,
@@ -200,15 +249,15 @@ def _unpack(header: memoryview) -> Any:
             object_hook=_refuse_map,
             ext_hook=_refuse_extension,
         )
-    except (ValueError, RecursionError) as error:
-        # All of msgpack's own errors are ValueErrors: cut short, too long, bad UTF-8, a map, nested too deeply.
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        # msgpack's own errors: cut short, too long, bad UTF-8, a map, nested too deeply.
         raise ProtocolError(f"the header is no valid msgpack: {type(error).__name__}: {error}") from error
 
 
-def _check_number(name: str, value: Any, largest: int = _MAX_INT) -> None:
+def _check_number(name: str, value: Any, largest: int = MAX_INT) -> None:
     # bool is an int to isinstance, yet never a number here.
     if type(value) is not int or not 0 <= value <= largest:
-        raise ProtocolError(f"the {name} is an integer from 0 to {largest}, {value!r:.100} arrived")
+        raise ProtocolError(f"the {name} is an integer from 0 to {largest}, {shown(value)} arrived")
 
 
 def _check_depth(value: tuple[Any, ...], left: int) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.fields import take_bare
 from zmqagent.wire.types import Message, MessageType
-from zmqagent.wire.wrappers import take
 
 __all__ = ["Barrier", "BarrierPassed", "Goodbye", "Join", "Leave"]
 
@@ -25,7 +25,7 @@ class Barrier:
 
     @classmethod
     def from_message(cls, message: Message) -> Barrier:
-        return cls(*take(message, str, int))
+        return cls(*take_bare(message, str, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class BarrierPassed:
 
     @classmethod
     def from_message(cls, message: Message) -> BarrierPassed:
-        return cls(*take(message, int))
+        return cls(*take_bare(message, int))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Goodbye:
 
     @classmethod
     def from_message(cls, message: Message) -> Goodbye:
-        return cls(*take(message, str))
+        return cls(*take_bare(message, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Join:
 
     @classmethod
     def from_message(cls, message: Message) -> Join:
-        command = cls(*take(message, str, int, int, str, int, tuple, int, int))
+        command = cls(*take_bare(message, str, int, int, str, int, tuple, int, int))
         if not all(isinstance(address, str) for address in command.addresses):
             raise ProtocolError("the addresses of a worker that joins are texts, but others arrived")
         return command
@@ -96,4 +96,4 @@ class Leave:
 
     @classmethod
     def from_message(cls, message: Message) -> Leave:
-        return cls(*take(message, int, str))
+        return cls(*take_bare(message, int, str))

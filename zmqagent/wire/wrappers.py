@@ -11,27 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
+from zmqagent.wire.fields import known_type, take
 from zmqagent.wire.types import AutogradMetadata, Message, MessageType
 
-__all__ = ["ForwardAutograd", "ProfiledReturn", "RunWithProfiling", "take"]
-
-
-def take(message: Message, *types: type) -> tuple[Any, ...]:
-    """The fields of ``message``, checked against ``types`` one by one."""
-    fields = message.fields
-    # bool is an int to isinstance, yet never a valid id here: compare exact types.
-    if len(fields) != len(types) or any(type(f) is not t for f, t in zip(fields, types, strict=True)):
-        wanted = ", ".join(t.__name__ for t in types)
-        got = ", ".join(type(f).__name__ for f in fields)
-        raise ProtocolError(f"a {message.type.name} message carries the fields ({wanted}), but ({got}) arrived")
-    return fields
-
-
-def _known_type(number: int) -> MessageType:
-    try:
-        return MessageType(number)
-    except ValueError:
-        raise ProtocolError(f"message type {number:#x} is unknown to this version of zmqagent") from None
+__all__ = ["ForwardAutograd", "ProfiledReturn", "RunWithProfiling"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +34,7 @@ class ForwardAutograd:
     @classmethod
     def from_message(cls, message: Message) -> ForwardAutograd:
         context_id, message_id, inner_type, inner_fields = take(message, int, int, int, tuple)
-        inner = Message(_known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
+        inner = Message(known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
         return cls(AutogradMetadata(context_id, message_id), inner)
 
 
@@ -70,7 +53,7 @@ class RunWithProfiling:
     @classmethod
     def from_message(cls, message: Message) -> RunWithProfiling:
         flags, inner_type, inner_fields = take(message, int, int, tuple)
-        inner = Message(_known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
+        inner = Message(known_type(inner_type), inner_fields, message.payload, message.buffers, message.tensors)
         return cls(flags, inner)
 
 
@@ -93,4 +76,4 @@ class ProfiledReturn:
         if not message.buffers:
             raise ProtocolError(f"a {message.type.name} message brings records in a buffer, but none arrived")
         *buffers, records = message.buffers
-        return cls(records, Message(_known_type(inner_type), inner_fields, message.payload, tuple(buffers), message.tensors))
+        return cls(records, Message(known_type(inner_type), inner_fields, message.payload, tuple(buffers), message.tensors))

@@ -1,0 +1,369 @@
+"""Every type of message, damaged in every way: the sender is told, the worker counts it, holds nothing of it, and serves on.
+
+A new type of message needs a sample in `tests/support/wire_samples.py`, and is then tested here like the others.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from queue import SimpleQueue
+
+import msgpack
+import pytest
+
+from tests.support.damage import Damage, all_damages, flip_bits, label_of
+from tests.support.lone_worker import ALICE, BOB, DEADLINE_S, LoneWorker, encode
+from tests.support.wire_samples import ANSWERS, GOOD_CALL, REQUESTS
+from zmqagent.agent.base import Reply
+from zmqagent.agent.codec import Codec
+from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, UnreadableCallError
+from zmqagent.rpc import pickler
+from zmqagent.rpc.failures import new_future
+from zmqagent.rpc.results import complete
+from zmqagent.wire import types
+from zmqagent.wire.commands import Failure, Return, RRefFetch, RRefUserDelete, parse
+from zmqagent.wire.frames import Label, decode, read_label
+from zmqagent.wire.types import ForkId, Message, MessageType, RRefId
+
+SEED = 20_240_229
+GOODBYE = MessageType.GOODBYE
+
+
+@pytest.fixture(scope="module")
+def alice() -> Iterator[LoneWorker]:
+    with LoneWorker() as alice:
+        yield alice
+
+
+@pytest.fixture(autouse=True)
+def _serves_on_and_holds_nothing(alice: LoneWorker) -> Iterator[None]:
+    before = alice.state()
+    yield
+    assert_good_call_is_answered(alice)
+    deadline = time.monotonic() + DEADLINE_S
+    # Counts go down just after answers are sent.
+    while alice.state() != before and time.monotonic() < deadline:
+        pass
+    assert alice.state() == before
+    assert not alice.has_sent()
+
+
+def assert_good_call_is_answered(alice: LoneWorker) -> None:
+    number = alice.draw()
+    alice.deliver(encode(GOOD_CALL, number))
+    answer = parse(alice.answer_to(number))
+    assert isinstance(answer, Return)
+    assert pickler.loads(answer.body) == "GOOD"
+
+
+def is_reserved(kind: MessageType) -> bool:
+    try:
+        parse(Message(kind))
+    except ProtocolError as error:
+        return "no command is defined" in str(error)
+    return False
+
+
+def test_every_type_of_message_has_a_sample() -> None:
+    wanted = {kind for kind in MessageType if not is_reserved(kind)}
+    assert set(REQUESTS) == {kind for kind in wanted if kind.is_request}
+    assert set(ANSWERS) == {kind for kind in wanted if kind.is_response}
+    for kind, (request, answer) in ANSWERS.items():
+        assert kind is MessageType.EXCEPTION or kind in types.ANSWERS[request.type], answer
+
+
+def test_it_is_known_what_answers_each_request() -> None:
+    assert set(types.ANSWERS) == set(REQUESTS)
+    assert {kind for answers in types.ANSWERS.values() for kind in answers} == set(ANSWERS) - {MessageType.EXCEPTION}
+
+
+def test_the_samples_are_good() -> None:
+    with LoneWorker() as alice:
+        # What two of the samples need: a context of Alice's own, and that she has come to the barrier.
+        lease = alice.worker._contexts.new_context()
+        alice.agent._group.enter_barrier(ALICE.worker_id, "tag", 4, lambda outcome: None)
+        for number, (kind, message) in enumerate(REQUESTS.items()):
+            alice.deliver(encode(message, number))
+            if kind is not GOODBYE:
+                assert alice.answer_to(number).type in types.ANSWERS[kind]
+        assert alice.refused() == 0
+        del lease
+
+
+# Requests.
+
+
+@pytest.mark.parametrize("kind", REQUESTS, ids=lambda kind: kind.name)
+def test_who_sent_a_damaged_request_is_told_if_it_can_be_seen_who_that_is(alice: LoneWorker, kind: MessageType) -> None:
+    message = REQUESTS[kind]
+    refused = alice.refused()
+    damages = all_damages(message)
+    for damage in damages:
+        number = alice.draw()
+        frames = damage.apply(message, number)
+        alice.deliver(frames)
+        if frames and frames[0].startswith(label_of(encode(message, number))) and kind is not GOODBYE:
+            assert_refusal(alice.answer_to(number), damage)
+    assert_good_call_is_answered(alice)
+    assert alice.refused() == refused + len(damages)
+
+
+def assert_refusal(answer: Message, damage: Damage) -> None:
+    failure = parse(answer)
+    assert isinstance(failure, Failure), (damage, failure)
+    assert failure.code == ProtocolError.code, (damage, failure)
+    assert failure.text.startswith("On WorkerInfo(id=0, name=alice): "), damage
+    assert 50 < len(failure.text) < 1000, (damage, failure)
+
+
+# Pickles are looked at last, and by whoever needs the object.
+
+CALLS = (MessageType.PYTHON_CALL, MessageType.SCRIPT_CALL, MessageType.FORWARD_AUTOGRAD_REQ)
+REMOTE_CALLS = (MessageType.PYTHON_REMOTE_CALL, MessageType.SCRIPT_REMOTE_CALL)
+
+
+def bad_pickles(message: Message) -> Iterator[Message]:
+    """``message`` with pickles that are cut short, or are of another object, or whose out-of-band parts are missing."""
+    payload = bytes(message.payload)
+    for size in range(len(payload)):
+        yield replace(message, payload=payload[:size])
+    for other in (None, 5, (), ((), {}, ()), ((), 5), (5, {}), "text", [[1]]):
+        yield replace(message, payload=pickle.dumps(other), buffers=(), tensors=())
+    for error in (ValueError, SystemExit, KeyboardInterrupt, RecursionError, MemoryError):
+        yield replace(message, payload=pickle.dumps(RaisesWhenUnpickled(error)), buffers=(), tensors=())
+    yield replace(message, payload=b"(" * 10_000 + b".")
+    yield replace(message, payload=b"]" * 100_000 + b"a" * 99_999 + b".")
+    if message.buffers:
+        yield replace(message, buffers=())
+    if message.tensors:
+        yield replace(message, tensors=())
+
+
+class RaisesWhenUnpickled:
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return raise_it, (self._error,)
+
+
+def raise_it(error: type[BaseException]) -> None:
+    raise error("while unpickling")
+
+
+@pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.name)
+def test_who_sent_a_bad_pickle_is_told(alice: LoneWorker, kind: MessageType) -> None:
+    message = REQUESTS[kind]
+    refused = alice.refused()
+    number_of_pickles = 0
+    for bad in bad_pickles(message):
+        number_of_pickles += 1
+        number = alice.draw()
+        alice.deliver(encode(bad, number))
+        failure = parse(alice.answer_to(number))
+        assert isinstance(failure, Failure), (bad, failure)
+        assert failure.code == UnreadableCallError.code, (bad, failure)
+    release_context(alice)
+    assert alice.refused() == refused + number_of_pickles
+
+
+def release_context(alice: LoneWorker) -> None:
+    """A call that is part of an autograd context leaves that behind, until its opener releases it."""
+    number = alice.draw()
+    alice.deliver(encode(REQUESTS[MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ], number))
+    assert alice.answer_to(number).type is MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP
+
+
+@pytest.mark.parametrize("kind", REMOTE_CALLS, ids=lambda kind: kind.name)
+def test_a_bad_pickle_in_a_remote_call_is_the_error_of_its_rref(alice: LoneWorker, kind: MessageType) -> None:
+    message = REQUESTS[kind]
+    rref_id, fork_id = parse(message).rref_id, parse(message).fork_id
+    for number, bad in enumerate(bad_pickles(message)):
+        # Another RRef each time: a deleted one is remembered.
+        rref_id, fork_id = RRefId(BOB.worker_id, 1000 + 2 * number), ForkId(BOB.worker_id, 1001 + 2 * number)
+        call = replace(bad, fields=(*bad.fields[:-4], *rref_id, *fork_id))
+        failure = None
+        for asked in (call, RRefFetch(rref_id).to_message(), RRefUserDelete(rref_id, fork_id).to_message()):
+            number = alice.draw()
+            alice.deliver(encode(asked, number))
+            answer = parse(alice.answer_to(number))
+            failure = answer if asked.type is MessageType.PYTHON_RREF_FETCH_CALL else failure
+        assert isinstance(failure, Failure), (bad, failure)
+
+
+# Answers. Alice has asked, and Bob answers.
+
+
+def ask(alice: LoneWorker, request: Message) -> tuple[SimpleQueue[Reply], int]:
+    """Alice sends ``request``; where the reply will come, and the call's number."""
+    replies: SimpleQueue[Reply] = SimpleQueue()
+    alice.agent.request(BOB.worker_id, request, replies.put, timeout=0.0)
+    return replies, alice.sent().call_id
+
+
+@pytest.mark.parametrize("kind", ANSWERS, ids=lambda kind: kind.name)
+def test_a_damaged_answer_ends_its_call_if_it_can_be_seen_which_that_is(alice: LoneWorker, kind: MessageType) -> None:
+    request, answer = ANSWERS[kind]
+    refused = alice.refused()
+    damages = all_damages(answer)
+    for damage in damages:
+        replies, number = ask(alice, request)
+        frames = damage.apply(answer, number)
+        alice.deliver(frames)
+        if not (frames and frames[0].startswith(label_of(encode(answer, number)))):
+            alice.deliver(encode(answer, number))
+            assert not isinstance(replies.get(timeout=DEADLINE_S), RpcError), damage
+            continue
+        reply = replies.get(timeout=DEADLINE_S)
+        assert type(reply) is ProtocolError, (damage, reply)
+        # What comes too late changes nothing.
+        alice.deliver(encode(answer, number))
+    assert_good_call_is_answered(alice)
+    assert alice.refused() == refused + len(damages)
+
+
+@pytest.mark.parametrize("asked", [kind for kind in REQUESTS if kind is not GOODBYE], ids=lambda kind: kind.name)
+def test_an_answer_of_another_type_than_the_request_s_ends_the_call(alice: LoneWorker, asked: MessageType) -> None:
+    right = types.ANSWERS[asked] | {MessageType.EXCEPTION}
+    for kind in [kind for kind in ANSWERS if kind not in right]:
+        replies, number = ask(alice, REQUESTS[asked])
+        alice.deliver(encode(ANSWERS[kind][1], number))
+        reply = replies.get(timeout=DEADLINE_S)
+        assert type(reply) is ProtocolError
+        assert f"a {asked.name} was answered by a {kind.name}, which is no answer to it" in str(reply)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MessageType if is_reserved(kind)], ids=lambda kind: kind.name)
+def test_a_type_that_is_reserved_is_refused(alice: LoneWorker, kind: MessageType) -> None:
+    if kind.is_response:
+        replies, number = ask(alice, GOOD_CALL)
+        alice.deliver(encode(Message(kind), number))
+        assert type(replies.get(timeout=DEADLINE_S)) is ProtocolError
+        return
+    number = alice.draw()
+    alice.deliver(encode(Message(kind), number))
+    failure = parse(alice.answer_to(number))
+    assert isinstance(failure, Failure)
+    assert f"no command is defined for messages of type {kind.name}" in failure.text
+
+
+def finish(alice: LoneWorker, replies: SimpleQueue[Reply], request: Message, number: int) -> None:
+    """Alice's call is answered as it should be."""
+    (right, *_) = [ANSWERS[kind][1] for kind in types.ANSWERS[request.type] & set(ANSWERS)]
+    alice.deliver(encode(right, number))
+    assert not isinstance(replies.get(timeout=DEADLINE_S), RpcError)
+
+
+@pytest.mark.parametrize("number_of_type", [0x1FE, 0x2FE, 0x3FE, 0x0FE, 1 << 40])
+def test_a_type_that_is_unknown_is_a_request_or_an_answer_by_its_bits(alice: LoneWorker, number_of_type: int) -> None:
+    replies, number = ask(alice, GOOD_CALL)
+    header, *body = encode(Message(MessageType.RREF_ACK), number)
+    content = list(msgpack.unpackb(header))
+    content[6] = number_of_type
+    alice.deliver([msgpack.packb(content), *body])
+    if number_of_type == 0x2FE:
+        reply = replies.get(timeout=DEADLINE_S)
+        assert type(reply) is ProtocolError
+        assert "message type 766 from worker 1 is unknown to protocol version 1" in str(reply)
+        return
+    if number_of_type in (0x1FE, 0x3FE):
+        failure = parse(alice.answer_to(number))
+        assert isinstance(failure, Failure)
+        assert f"message type {number_of_type} from worker 1 is unknown to protocol version 1" in failure.text
+    finish(alice, replies, GOOD_CALL, number)
+
+
+def test_an_answer_that_nobody_waits_for_any_more_changes_nothing(alice: LoneWorker) -> None:
+    late = int(alice.agent.get_metrics()["agent.late_replies"])
+    replies, number = ask(alice, GOOD_CALL)
+    answer = ANSWERS[MessageType.PYTHON_RET][1]
+    alice.deliver(encode(answer, number + 1000))
+    for _ in range(3):
+        alice.deliver(encode(answer, number))
+    assert isinstance(replies.get(timeout=DEADLINE_S), Return)
+    assert_good_call_is_answered(alice)
+    assert replies.empty()
+    assert int(alice.agent.get_metrics()["agent.late_replies"]) == late + 3
+
+
+def test_an_answer_of_another_worker_or_another_life_changes_nothing(alice: LoneWorker) -> None:
+    replies, number = ask(alice, GOOD_CALL)
+    answer = ANSWERS[MessageType.PYTHON_RET][1]
+    for who, life, whose in ((ALICE.worker_id, ALICE.incarnation, 10), (7, 20, 10), (1, 21, 10), (1, 20, 11)):
+        alice.deliver(Codec(types.WorkerId(who), life).encode(answer, number, whose))
+    assert_good_call_is_answered(alice)
+    assert replies.empty()
+    finish(alice, replies, GOOD_CALL, number)
+
+
+def test_a_bad_pickle_in_an_answer_is_what_the_future_raises(alice: LoneWorker) -> None:
+    request, answer = ANSWERS[MessageType.PYTHON_RET]
+    cut = range(len(answer.payload))
+    for bad in [replace(answer, payload=bytes(answer.payload)[:size]) for size in cut]:
+        replies, number = ask(alice, request)
+        alice.deliver(encode(bad, number))
+        future = new_future()
+        complete(future, replies.get(timeout=DEADLINE_S))
+        with pytest.raises(CalleeError, match="cannot unpickle what was sent"):
+            future.wait()
+
+
+# Garbled.
+
+
+@pytest.mark.parametrize("kind", [*REQUESTS, *ANSWERS], ids=lambda kind: kind.name)
+def test_flipped_bits_are_refused_unless_they_make_another_header(alice: LoneWorker, kind: MessageType) -> None:
+    print(f"seed {SEED}")
+    rng = random.Random(f"{SEED} {kind.name}")
+    request, message = ANSWERS[kind] if kind.is_response else (GOOD_CALL, REQUESTS[kind])
+    refused = alice.refused()
+    expected = 0
+    while expected < 100:
+        replies, number = ask(alice, request)
+        good = encode(message, number if kind.is_response else alice.draw())
+        frames = flip_bits(good, rng, 0)
+        if is_unreadable(frames):
+            expected += 1
+            alice.deliver(frames)
+            label = read_label(frames)
+            if label is not None and is_heard(label):
+                if label.is_request:
+                    assert isinstance(parse(alice.answer_to(label.call_id)), Failure)
+                if label.is_response and label.call_id == number:
+                    assert type(replies.get(timeout=DEADLINE_S)) is ProtocolError
+                    continue
+        finish(alice, replies, request, number)
+    assert_good_call_is_answered(alice)
+    assert alice.refused() == refused + expected
+
+
+def is_heard(label: Label) -> bool:
+    is_known = label[:2] == (BOB.worker_id, BOB.incarnation) or label.type in (MessageType.JOIN_REQ, MessageType.LEAVE_REQ)
+    return is_known and label.destination_incarnation in (0, ALICE.incarnation)
+
+
+def is_unreadable(frames: list[bytes]) -> bool:
+    try:
+        decode(frames)
+    except ProtocolError:
+        return True
+    return False
+
+
+def test_flipped_bits_in_a_pickle_end_in_an_answer(alice: LoneWorker) -> None:
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    message = REQUESTS[MessageType.PYTHON_CALL]
+    for _ in range(500):
+        number = alice.draw()
+        frames = flip_bits(encode(message, number), rng, 1)
+        # CPython's unpickler takes memory for as many entries as this opcode's argument says, up to 64 GB.
+        if frames[1].count(pickle.LONG_BINPUT) > bytes(message.payload).count(pickle.LONG_BINPUT):
+            continue
+        alice.deliver(frames)
+        answer = parse(alice.answer_to(number))
+        assert isinstance(answer, (Return, Failure))
