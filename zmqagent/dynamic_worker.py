@@ -137,6 +137,7 @@ class DynamicWorker(Worker):
 
     def _end(self) -> None:
         self._gatherings.close()
+        Gatherings.current = None
         super()._end()
 
 

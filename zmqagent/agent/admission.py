@@ -29,6 +29,20 @@ __all__ = ["Admission", "Departures"]
 
 _logger = logging.getLogger(__name__)
 
+_USER_CALLS = frozenset(
+    {
+        MessageType.SCRIPT_CALL,
+        MessageType.PYTHON_CALL,
+        MessageType.SCRIPT_REMOTE_CALL,
+        MessageType.PYTHON_REMOTE_CALL,
+        MessageType.PYTHON_RREF_FETCH_CALL,
+        MessageType.FORWARD_AUTOGRAD_REQ,
+        MessageType.RUN_WITH_PROFILING_REQ,
+        MessageType.RREF_BACKWARD_REQ,
+    }
+)
+"""What a worker that leaves does not begin any more. All other requests belong to something that has begun before."""
+
 _FAREWELL = 5.0
 """Seconds that a worker which leaves waits for the others to take note, at most. A member that has stopped must not keep it."""
 
@@ -59,6 +73,7 @@ class Admission:
         self._exchange = exchange
         self._roster = roster
         self._tell = tell
+        self._is_leaving = False
         self._has_departed = False
         # Notified when an announcement ends, one way or the other.
         self._changed = threading.Condition()
@@ -119,8 +134,18 @@ class Admission:
 
     # This worker leaves.
 
+    def refuse_calls(self) -> None:
+        """From now on `check` refuses."""
+        self._is_leaving = True
+
+    def check(self, source: WorkerId, message: Message) -> None:
+        """Raises `WorkerLostError` for a call of another worker that would begin while this one leaves."""
+        if self._is_leaving and message.type in _USER_CALLS and source != self._me.worker_id:
+            raise WorkerLostError(f"worker {self._me.name!r} ({self._me.worker_id}) is leaving the group and takes no more calls")
+
     def leave(self, deadline: float) -> None:
         """Has everybody know that this worker leaves; by ``deadline`` (of the monotonic clock) at the latest."""
+        self._end(Announcement.JOIN)
         self.depart()
         if not self._announce(Announcement.LEAVE, min(_FAREWELL, max(0.001, deadline - time.monotonic()))):
             missing = ", ".join(map(str, self._group.untold(Announcement.LEAVE)))

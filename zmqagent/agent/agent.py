@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -30,13 +29,14 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestC
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
+from zmqagent.agent.farewell import Farewell
 from zmqagent.agent.group import Group
 from zmqagent.agent.interrupts import InterruptWatch
-from zmqagent.agent.membership_events import Member, MemberState, SayGoodbye, SendAnnouncement, WorkerCame, WorkerGone
-from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError, WorkerLostError
+from zmqagent.agent.membership_events import Member, MemberState, SendAnnouncement, WorkerCame, WorkerGone
+from zmqagent.agent.news import News
+from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord, Received, Transport
-from zmqagent.wire.commands import Goodbye, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["OnWorkerJoined", "OnWorkerLost", "ZmqRpcAgent"]
@@ -45,20 +45,6 @@ _logger = logging.getLogger(__name__)
 
 OnWorkerJoined = Callable[[WorkerId], None]
 OnWorkerLost = Callable[[WorkerId, RpcError], None]
-
-_USER_CALLS = frozenset(
-    {
-        MessageType.SCRIPT_CALL,
-        MessageType.PYTHON_CALL,
-        MessageType.SCRIPT_REMOTE_CALL,
-        MessageType.PYTHON_REMOTE_CALL,
-        MessageType.PYTHON_RREF_FETCH_CALL,
-        MessageType.FORWARD_AUTOGRAD_REQ,
-        MessageType.RUN_WITH_PROFILING_REQ,
-        MessageType.RREF_BACKWARD_REQ,
-    }
-)
-"""What a worker that leaves does not begin any more. All other requests belong to something that has begun before."""
 
 _GROUP_ENDED = "the group has ended"
 """The reason of a goodbye after the last barrier. What such a worker holds is not reclaimed: it must have let it go before."""
@@ -113,24 +99,22 @@ class ZmqRpcAgent:
             on_gone=self._on_worker_gone,
             send_announcement=self._announce,
             send_barrier=lambda asked: self._barriers.send(asked),
-            say_goodbye=self._say_goodbye,
+            say_goodbye=lambda goodbye: self._farewell.say(goodbye),
         )
+        self._farewell = Farewell(self._group, self._exchange)
+        self._news = News(self._exchange.submit)
         self._barriers = Barriers(me, self._group, self._exchange, self._wait)
-        self._admission = None if roster is None else Admission(me, self._group, self._exchange, roster, self._tell)
+        self._admission = None if roster is None else Admission(me, self._group, self._exchange, roster, self._news.tell)
         self._executor = Executor(self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}")
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
         self._on_worker_joined: OnWorkerJoined = lambda worker_id: None
-        # What the layers above are to be told of other workers, in order; the lock lets one thread tell at a time.
-        self._news: SimpleQueue[Task] = SimpleQueue()
-        self._news_lock = threading.Lock()
         self._on_unused: OnUnusedAnswer = lambda answer: None
         self._keep_house: Task = lambda: None
         self._house_kept_at = time.monotonic()
         self._joins = 0
         self._has_ended = False
-        self._is_leaving = False
         # Lets one thread through to shut down.
         self._shutdown_lock = threading.Lock()
         self._is_shut_down = False
@@ -179,7 +163,8 @@ class ZmqRpcAgent:
         assert self._admission is not None
         try:
             self._admission.join(timeout)
-        except RpcError:
+        except BaseException:
+            # ^C too: somebody may know this worker already.
             self._admission.leave(float("inf"))
             raise
 
@@ -357,8 +342,9 @@ class ZmqRpcAgent:
         )
 
     def refuse_calls(self) -> None:
-        """From now on no call of another worker begins here, as this one leaves; those under way go on."""
-        self._is_leaving = True
+        """In a dynamic group: from now on no call of another worker begins here, as this one leaves; those under way go on."""
+        assert self._admission is not None
+        self._admission.refuse_calls()
 
     def shutdown(self) -> None:
         """Ends the agent: says goodbye, ends the threads, fails what waits, closes the transport. Idempotent.
@@ -418,12 +404,12 @@ class ZmqRpcAgent:
         if message.type is MessageType.BARRIER_REQ:
             self._barriers.serve(source, message, respond)
         elif message.type is MessageType.GOODBYE:
-            self._serve_goodbye(source, message)
-        elif message.type in (MessageType.JOIN_REQ, MessageType.LEAVE_REQ):
+            self._farewell.serve(source, message)
+        elif message.type is MessageType.JOIN_REQ or message.type is MessageType.LEAVE_REQ:
             self._serve_announcement(source, message, respond)
-        elif self._is_leaving and message.type in _USER_CALLS and source != self._me.worker_id:
-            raise WorkerLostError(f"worker {self._me.name!r} ({self._me.worker_id}) is leaving the group and takes no more calls")
         else:
+            if self._admission is not None:
+                self._admission.check(source, message)
             assert self._callback is not None
             self._callback(source, message, respond)
 
@@ -434,28 +420,14 @@ class ZmqRpcAgent:
             raise ProtocolError(f"worker {source} announced itself, but the group of worker {self._me.name!r} is static")
         self._admission.serve(source, message, respond)
 
-    def _serve_goodbye(self, source: WorkerId, message: Message) -> None:
-        goodbye = parse(message)
-        assert isinstance(goodbye, Goodbye)
-        self._group.on_goodbye(source, self._group.find(source).record.incarnation, goodbye.reason)
-
     def _announce(self, announcement: SendAnnouncement) -> None:
         assert self._admission is not None
         self._admission.send(announcement)
 
-    def _say_goodbye(self, goodbye: SayGoodbye) -> None:
-        message = Goodbye(goodbye.reason).to_message()
-        for worker_id in goodbye.to:
-            try:
-                self._exchange.notify(self._group.find(worker_id).record, message)
-            except RpcError as error:
-                # It is going itself, or has gone.
-                _logger.debug("no goodbye to worker %d: %s", worker_id, error)
-
     def _on_worker_came(self, came: WorkerCame) -> None:
         if self._callback is None:
             return  # One of those who are there when this worker comes.
-        self._tell(partial(self._on_worker_joined, came.record.worker_id))
+        self._news.tell(partial(self._on_worker_joined, came.record.worker_id))
 
     def _on_worker_gone(self, gone: WorkerGone) -> None:
         worker_id = gone.record.worker_id
@@ -464,13 +436,4 @@ class ZmqRpcAgent:
         if self._admission is not None and not gone.expected:
             self._exchange.submit([partial(self._admission.forget, gone.record)])
         if self._group.find(worker_id).reason != _GROUP_ENDED and self._on_worker_lost is not None:
-            self._tell(partial(self._on_worker_lost, worker_id, gone.error))
-
-    def _tell(self, news: Task) -> None:
-        """Has ``news`` of other workers run on a thread of this one, after all earlier ones."""
-        self._news.put(news)
-        self._exchange.submit([self._tell_next])
-
-    def _tell_next(self) -> None:
-        with self._news_lock:
-            self._news.get_nowait()()
+            self._news.tell(partial(self._on_worker_lost, worker_id, gone.error))
