@@ -1,79 +1,21 @@
-"""Groups that workers join and leave while others run (``init_rpc`` without ``world_size``).
-
-The ranks tell each other how far they are through events kept in the file system, so that no RPC is needed for it.
-"""
+"""Groups that workers join and leave while others run (``init_rpc`` without ``world_size``): who comes, goes, and comes back."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.autograd as dist_autograd
 import torch.distributed.rpc as rpc
 
-import zmqagent
+from tests.integration.dynamic_ranks import PATIENCE_S, Stage, add, die, free_port, join, names, train
 from tests.integration.harness import run_ranks
-from zmqagent.exceptions import InvalidOptionError, RendezvousError, UnknownWorkerError, WorkerLostError
-
-PATIENCE_S = 30.0
-
-
-class Stage:
-    """What the ranks have reached; each mark is an empty file."""
-
-    def __init__(self, meeting_point: str) -> None:
-        self._directory = Path(urlparse(meeting_point).path).parent
-
-    def reach(self, mark: str) -> None:
-        """Says that ``mark`` is reached."""
-        (self._directory / mark).touch()
-
-    def wait(self, *marks: str) -> None:
-        """Waits until all ``marks`` are reached."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not all((self._directory / mark).exists() for mark in marks):
-            assert time.monotonic() < deadline, f"{marks} was not reached"
-            time.sleep(0.002)
-
-
-def join(rank: int, meeting_point: str, name: str = "", **options: Any) -> None:
-    """Joins the group as ``worker<rank>``."""
-    options.setdefault("rpc_timeout", 20)
-    rpc.init_rpc(
-        name or f"worker{rank}",
-        backend=rpc.BackendType.ZMQ,
-        rank=rank,
-        rpc_backend_options=zmqagent.ZmqRpcBackendOptions(init_method=meeting_point, **options),
-    )
-
-
-def add(x: Any, y: Any) -> Any:
-    return x + y
-
-
-def names() -> list[str]:
-    return [info.name for info in rpc.api._get_current_rpc_agent().get_worker_infos()]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-# Coming and going.
+from zmqagent.exceptions import RRefUsageError, UnknownWorkerError, WorkerLostError
 
 
 def _come_late(rank: int, meeting_point: str, transport: str) -> Any:
@@ -165,7 +107,7 @@ def _leave_the_store(rank: int, meeting_point: str, port: int) -> Any:
 
 
 def test_the_worker_that_serves_the_store_may_leave_as_long_as_its_process_lives() -> None:
-    found = run_ranks(_leave_the_store, 3, _free_port())
+    found = run_ranks(_leave_the_store, 3, free_port())
     assert found[1:] == [(2, ["worker1", "worker2"]), (3, ["worker1", "worker2"])]
 
 
@@ -190,7 +132,7 @@ def _outlive_the_store(rank: int, meeting_point: str, port: int) -> Any:
 
 
 def test_when_the_process_that_serves_the_store_dies_the_others_go_on_and_can_leave() -> None:
-    assert run_ranks(_outlive_the_store, 3, _free_port(), dying=(0,))[1:] == [2, 3]
+    assert run_ranks(_outlive_the_store, 3, free_port(), dying=(0,))[1:] == [2, 3]
 
 
 def _come_back(rank: int, meeting_point: str, first_end: str) -> Any:
@@ -217,7 +159,7 @@ def _come_back(rank: int, meeting_point: str, first_end: str) -> Any:
     with pytest.raises(WorkerLostError):
         old.to_here()
     new = rpc.remote("worker1", add, args=(torch.ones(1), 1))
-    found += [new.to_here().item(), names(), rpc.rpc_sync("worker1", pass_on, args=(new,)).to_here().item(), _train("worker1")]
+    found += [new.to_here().item(), names(), rpc.rpc_sync("worker1", pass_on, args=(new,)).to_here().item(), train("worker1")]
     del new
     rpc.shutdown()
     stage.reach("over")
@@ -226,13 +168,6 @@ def _come_back(rank: int, meeting_point: str, first_end: str) -> Any:
 
 def pass_on(value: Any) -> Any:
     return value
-
-
-def _train(worker: str) -> float:
-    with dist_autograd.context() as context:
-        x = torch.ones(1, requires_grad=True)
-        dist_autograd.backward(context, [rpc.rpc_sync(worker, torch.mul, args=(x, 3.0)).sum()])
-        return float(dist_autograd.get_gradients(context)[x].item())
 
 
 @pytest.mark.parametrize("first_end", ["graceful", "abrupt"])
@@ -261,10 +196,6 @@ def _replace_the_dead(rank: int, meeting_point: str) -> Any:
     return found
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_another_process_may_take_the_place_of_one_that_died() -> None:
     found = run_ranks(_replace_the_dead, 3, dying=(1,))
     assert [found[0], found[2]] == [(1, ["worker0", "worker1"]), (3, ["worker0", "worker1"])]
@@ -287,306 +218,6 @@ def test_many_join_and_leave_at_once() -> None:
     assert run_ranks(_all_at_once, 6) == [([rank + other for other in range(6)], everyone) for rank in range(6)]
 
 
-# Joins that fail.
-
-
-def _fail_to_join(rank: int, meeting_point: str, name: str, claimed: int) -> Any:
-    stage = Stage(meeting_point)
-    if rank == 1:
-        stage.wait("begun")
-        with pytest.raises(InvalidOptionError) as caught:
-            join(claimed, meeting_point, name=name)
-        assert not rpc.api._is_current_rpc_agent_set()
-        # The group is not held up: neither is this process, which may try again.
-        join(1, meeting_point)
-        found: Any = str(caught.value), rpc.rpc_sync("worker0", add, args=(1, 1))
-        stage.reach("joined")
-    else:
-        join(rank, meeting_point)
-        stage.reach("begun")
-        stage.wait("joined")
-        found = rpc.rpc_sync("worker1", add, args=(1, 1)), names()
-    stage.reach(f"done{rank}")
-    stage.wait("done0", "done1")
-    rpc.shutdown()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("name", "claimed", "text"),
-    [
-        ("worker0", 5, "RPC worker name worker0 is not unique. Workers 0 and 5 share the same name."),
-        ("another", 0, "Worker id 0 is not unique. Workers worker0 and another share it: give each its own rank."),
-    ],
-)
-def test_a_name_or_rank_that_is_taken_is_refused_and_holds_up_nobody(name: str, claimed: int, text: str) -> None:
-    refused, other = reversed(run_ranks(_fail_to_join, 2, name, claimed))
-    assert refused == (text, 2)
-    assert other == (2, ["worker0", "worker1"])
-
-
-def _die_while_joining(rank: int, meeting_point: str) -> Any:
-    """Rank 1 dies when it is in the directory and has told nobody."""
-    from zmqagent.agent.admission import Admission
-
-    stage = Stage(meeting_point)
-    if rank == 1:
-        stage.wait("begun")
-        stage.reach("dying")
-        Admission.join = lambda self, timeout: die()  # type: ignore[method-assign]
-        join(rank, meeting_point)
-    if rank == 2:
-        stage.wait("dying")
-        _wait_for_death_of(rank=1, meeting_point=meeting_point)
-    join(rank, meeting_point)
-    stage.reach("begun" if rank == 0 else "joined2")
-    stage.wait("joined2")
-    found = rpc.rpc_sync(f"worker{2 - rank}", add, args=(rank, 1)), names()
-    stage.reach(f"done{rank}")
-    stage.wait("done0", "done2")
-    rpc.shutdown()
-    return found
-
-
-def _wait_for_death_of(rank: int, meeting_point: str) -> None:
-    from zmqagent.agent.directory import Directory
-    from zmqagent.transport.probe import has_ended
-
-    store = dist.FileStore(urlparse(meeting_point).path, -1)
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        records = Directory.from_text(store.compare_set("zmqagent/directory", "", "").decode()).records
-        if any(record.worker_id == rank and has_ended(record) for record in records):
-            return
-        time.sleep(0.002)
-    raise AssertionError("it lives")
-
-
-def test_a_worker_that_dies_while_it_joins_holds_up_nobody() -> None:
-    found = run_ranks(_die_while_joining, 3, dying=(1,))
-    assert [found[0], found[2]] == [(1, ["worker0", "worker2"]), (3, ["worker0", "worker2"])]
-
-
-def _join_beside_a_stopped_one(rank: int, meeting_point: str) -> Any:
-    stage = Stage(meeting_point)
-    if rank == 0:
-        join(rank, meeting_point)
-        stage.reach("begun")
-        stage.wait("go on")
-        stage.wait("left1")
-        found = names()
-        rpc.shutdown()
-        return found
-    stage.wait("begun")
-    agent_pid = _pid_of(0, meeting_point)
-    os.kill(agent_pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(RendezvousError, match=r"waited 0.5 s in init_rpc for an answer of 'worker0' \(0\)"):
-            join(rank, meeting_point, rpc_timeout=0.5)
-    finally:
-        os.kill(agent_pid, signal.SIGCONT)
-    stage.reach("go on")
-    join(rank, meeting_point)
-    found = names()
-    rpc.shutdown()
-    stage.reach("left1")
-    return found
-
-
-def _pid_of(rank: int, meeting_point: str) -> int:
-    from zmqagent.agent.directory import Directory
-
-    store = dist.FileStore(urlparse(meeting_point).path, -1)
-    records = Directory.from_text(store.compare_set("zmqagent/directory", "", "").decode()).records
-    return next(record.pid for record in records if record.worker_id == rank)
-
-
-def test_a_member_that_does_not_answer_is_named_and_the_join_leaves_nothing_behind() -> None:
-    assert run_ranks(_join_beside_a_stopped_one, 2) == [["worker0"], ["worker0", "worker1"]]
-
-
-# Static and dynamic, and ranks.
-
-MIXED = "RPC group mixes statically and dynamically initialized members which is not supported."
-
-
-def _mix(rank: int, meeting_point: str, first: str) -> Any:
-    stage = Stage(meeting_point)
-
-    def enter(kind: str) -> None:
-        rpc.init_rpc(
-            f"worker{rank}",
-            backend=rpc.BackendType.ZMQ,
-            rank=rank,
-            world_size=None if kind == "dynamic" else 2 if first == "dynamic" else 1,
-            rpc_backend_options=zmqagent.ZmqRpcBackendOptions(init_method=meeting_point, rpc_timeout=20),
-        )
-
-    if rank == 0:
-        enter(first)
-        stage.reach("begun")
-        stage.wait("refused")
-        rpc.shutdown()
-        return None
-    stage.wait("begun")
-    with pytest.raises(RendezvousError) as caught:
-        enter("static" if first == "dynamic" else "dynamic")
-    stage.reach("refused")
-    return MIXED in str(caught.value)
-
-
-@pytest.mark.parametrize("first", ["static", "dynamic"])
-def test_static_and_dynamic_members_do_not_mix(first: str) -> None:
-    assert run_ranks(_mix, 2, first)[1] is True
-
-
-def _draw(rank: int, meeting_point: str) -> Any:
-    stage = Stage(meeting_point)
-    options = zmqagent.ZmqRpcBackendOptions(init_method=meeting_point, draw_rank=True)
-    rpc.init_rpc(f"worker-{'abc'[rank]}", backend=rpc.BackendType.ZMQ, rpc_backend_options=options)
-    stage.reach(f"joined{rank}")
-    stage.wait("joined0", "joined1", "joined2")
-    agent = rpc.api._get_current_rpc_agent()
-    found = rpc.get_worker_info().id, sorted(info.id for info in agent.get_worker_infos()), _train("worker-a")
-    stage.reach(f"done{rank}")
-    stage.wait("done0", "done1", "done2")
-    rpc.shutdown()
-    return found
-
-
-def test_ranks_can_be_drawn_from_the_store() -> None:
-    found = run_ranks(_draw, 3)
-    assert sorted(rank for rank, *_ in found) == [0, 1, 2]
-    assert [rest for _, *rest in found] == [[[0, 1, 2], 3.0]] * 3
-
-
-def test_without_a_rank_torchs_error_is_kept(tmp_path: Path) -> None:
-    options = zmqagent.ZmqRpcBackendOptions(init_method=f"file://{tmp_path}/meet")
-    with pytest.raises(ValueError, match="rank parameter missing"):
-        rpc.init_rpc("worker", backend=rpc.BackendType.ZMQ, rpc_backend_options=options)
-
-
-# What runs in such a group.
-
-
-def multiply(x: torch.Tensor, factor: float, *further: str) -> torch.Tensor:
-    """Through all of ``further``, one after the other."""
-    y = x * factor
-    return rpc.rpc_sync(further[0], multiply, args=(y, factor + 1, *further[1:])) if further else y  # type: ignore[no-any-return]
-
-
-def _train_together(rank: int, meeting_point: str) -> Any:
-    stage = Stage(meeting_point)
-    if rank:
-        stage.wait(f"joined{rank - 1}")
-    join(rank, meeting_point)
-    found = []
-    with dist_autograd.context() as context:
-        x = torch.ones(1, requires_grad=True)
-        others = [f"worker{other}" for other in range(rank)]
-        loss = multiply(x, 2.0, *others)
-        dist_autograd.backward(context, [loss.sum()])
-        found.append(dist_autograd.get_gradients(context)[x].item())
-    stage.reach(f"joined{rank}")
-    stage.wait("joined2")
-    with dist_autograd.context() as context:
-        x = torch.ones(1, requires_grad=True)
-        loss = multiply(x, 2.0, *(f"worker{other}" for other in (2, 1, 0) if other != rank))
-        dist_autograd.backward(context, [loss.sum()])
-        found.append(dist_autograd.get_gradients(context)[x].item())
-    stage.reach(f"done{rank}")
-    stage.wait("done0", "done1", "done2")
-    rpc.shutdown()
-    return found
-
-
-def test_backward_passes_go_through_workers_that_joined_at_different_times() -> None:
-    assert run_ranks(_train_together, 3) == [[2.0, 24.0], [6.0, 24.0], [24.0, 24.0]]
-
-
-def _gather(rank: int, meeting_point: str) -> Any:
-    """Three join; rank 2 leaves while the others gather; rank 3 joins later."""
-    stage = Stage(meeting_point)
-    if rank == 3:
-        stage.wait("left2")
-        join(rank, meeting_point)
-        stage.reach("joined3")
-        found = [rpc.api._all_gather("from 3")]
-        rpc.shutdown()
-        return found
-    join(rank, meeting_point)
-    stage.reach(f"joined{rank}")
-    stage.wait("joined0", "joined1", "joined2")
-    found = [rpc.api._all_gather(rank)]
-    if rank == 2:
-        rpc.shutdown()
-        stage.reach("left2")
-        return found
-    found.append(rpc.api._all_gather(torch.ones(1) * rank))
-    found.append(rpc.api._all_gather(rank, {"worker0", "worker1"}, timeout=20))
-    stage.wait("joined3")
-    found.append(rpc.api._all_gather(f"from {rank}"))
-    rpc.shutdown()
-    return found
-
-
-def test_all_gather_asks_those_who_are_there() -> None:
-    everyone = {"worker0": 0, "worker1": 1, "worker2": 2}
-    two = {"worker0": 0, "worker1": 1}
-    last = {"worker0": "from 0", "worker1": "from 1", "worker3": "from 3"}
-    found = run_ranks(_gather, 4)
-    assert found[0] == found[1] == [everyone, two, two, last]
-    assert found[2:] == [[everyone], [last]]
-
-
-def _gather_with_one_that_goes(rank: int, meeting_point: str, how: str, names_given: bool) -> Any:
-    """Rank 0, the leader, goes while the others wait in a gathering."""
-    stage = Stage(meeting_point)
-    if rank:
-        stage.wait("joined0")
-    join(rank, meeting_point)
-    stage.reach(f"joined{rank}")
-    stage.wait("joined0", "joined1", "joined2")
-    if rank == 0:
-        _wait_until_two_have_come()
-        if how == "dies":
-            die()
-        rpc.shutdown()
-        return None
-    try:
-        found: Any = rpc.api._all_gather(rank, {"worker0", "worker1", "worker2"} if names_given else None)
-    except WorkerLostError as error:
-        found = "worker0" in str(error)
-    stage.reach(f"done{rank}")
-    stage.wait("done1", "done2")
-    rpc.shutdown()
-    return found
-
-
-def _wait_until_two_have_come() -> None:
-    from zmqagent.rpc.gathering import Gatherings
-
-    assert Gatherings.current is not None
-    deadline = time.monotonic() + PATIENCE_S
-    while not any(len(gathering.objects) == 2 for gathering in Gatherings.current._pending.values()):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize(
-    ("how", "names_given", "expected"),
-    [
-        ("leaves", False, {"worker1": 1, "worker2": 2}),
-        ("leaves", True, True),
-        ("dies", False, True),
-        ("dies", True, True),
-    ],
-)
-def test_a_gathering_whose_leader_goes_ends(how: str, names_given: bool, expected: Any) -> None:
-    dying = (0,) if how == "dies" else ()
-    assert run_ranks(_gather_with_one_that_goes, 3, how, names_given, dying=dying)[1:] == [expected] * 2
-
-
 # Leaving gracefully.
 
 _entered, _released = threading.Event(), threading.Event()
@@ -596,10 +227,6 @@ def block() -> str:
     _entered.set()
     assert _released.wait(PATIENCE_S)
     return "done"
-
-
-def wait_until_entered() -> bool:
-    return _entered.wait(PATIENCE_S)
 
 
 def _leave_while_serving(rank: int, meeting_point: str) -> Any:
@@ -612,54 +239,67 @@ def _leave_while_serving(rank: int, meeting_point: str) -> Any:
         held = rpc.remote("worker1", add, args=(1, 1))
         assert held.to_here() == 2
         stage.reach("holding")
-        assert wait_until_entered()
+        assert _entered.wait(PATIENCE_S)
+        releasing = threading.Thread(target=lambda: (stage.wait("refused"), _released.set()))
+        releasing.start()
         rpc.shutdown()
         stage.reach("left")
+        releasing.join()
         return held.owner_name()
     stage.wait("holding")
     under_way = rpc.rpc_async("worker0", block)
-    found: list[Any] = [_refusal("worker0")]
+    refusal = _be_refused("worker0")
     stage.reach("refused")
-    found.append(under_way.wait())
+    found = [under_way.wait(), "is leaving the group and takes no more calls" in refusal]
     stage.wait("left")
     found.append(rpc._rref_context_get_debug_info()["num_owner_rrefs"])
     rpc.shutdown()
     return found
 
 
-def _refusal(worker: str) -> str:
+def _be_refused(worker: str) -> str:
+    """Calls ``worker`` until it takes no more calls."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         try:
             rpc.rpc_sync(worker, add, args=(1, 1))
         except WorkerLostError as error:
-            return "is leaving the group and takes no more calls" in str(error) and "refused"  # type: ignore[return-value]
-    return "never refused"
-
-
-def _release_when_refused(stage: Stage) -> Callable[[], None]:
-    def run() -> None:
-        stage.wait("refused")
-        _released.set()
-
-    return run
-
-
-def _leave_while_serving_and_released(rank: int, meeting_point: str) -> Any:
-    helper = threading.Thread(target=_release_when_refused(Stage(meeting_point)))
-    helper.start()
-    try:
-        return _leave_while_serving(rank, meeting_point)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            helper.join()
+            return str(error)
+    raise AssertionError(f"{worker} goes on taking calls")
 
 
 def test_who_leaves_ends_what_it_serves_refuses_more_and_gives_back_its_rrefs() -> None:
-    assert run_ranks(_leave_while_serving_and_released, 2) == ["worker1", ["refused", "done", "0"]]
+    assert run_ranks(_leave_while_serving, 2) == ["worker1", ["done", True, "0"]]
 
 
-def _be_unknown(rank: int, meeting_point: str) -> Any:
+def _leak(rank: int, meeting_point: str) -> Any:
+    """Rank 1 leaves, though rank 0 holds an RRef to a value of its, and says that this is an error."""
+    stage = Stage(meeting_point)
+    join(rank, meeting_point)
+    stage.reach(f"joined{rank}")
+    stage.wait("joined0", "joined1")
+    if rank == 1:
+        stage.wait("held")
+        rpc.api._ignore_rref_leak = False
+        with pytest.raises(RRefUsageError, match="Leaking RRef"):
+            rpc.shutdown(timeout=0.2)
+        stage.reach("left")
+        return rpc.api._is_current_rpc_agent_set()
+    held = rpc.remote("worker1", add, args=(1, 1))
+    assert held.to_here() == 2
+    stage.reach("held")
+    stage.wait("left")
+    with pytest.raises(WorkerLostError, match="has left the group"):
+        held.to_here()
+    rpc.shutdown()
+    return rpc.api._is_current_rpc_agent_set()
+
+
+def test_values_that_others_still_refer_to_are_leaks_where_leaks_are_errors() -> None:
+    assert run_ranks(_leak, 2) == [False, False]
+
+
+def _be_alone(rank: int, meeting_point: str) -> Any:
     join(rank, meeting_point)
     with pytest.raises(UnknownWorkerError, match="could not find destination 'worker7' in the group"):
         rpc.rpc_sync("worker7", add, args=(1, 1))
@@ -670,4 +310,4 @@ def _be_unknown(rank: int, meeting_point: str) -> Any:
 
 
 def test_a_group_of_one_can_begin_again() -> None:
-    assert run_ranks(_be_unknown, 1) == [False]
+    assert run_ranks(_be_alone, 1) == [False]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.autograd_network import Call, Network, Worker
-from zmqagent.autograd.container import ContextLease
+from zmqagent.autograd.container import ContextLease, DistAutogradContainer
 from zmqagent.exceptions import AutogradContextError, ShutdownError
 from zmqagent.wire.types import AutogradMetadata, MessageType, WorkerId
 
@@ -243,3 +243,11 @@ def test_released_ids_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPat
         for context_id in range(10):
             container.on_cleanup(context_id)
         assert list(container._released) == [7, 8, 9]
+
+
+def test_ids_begin_after_those_of_a_former_life() -> None:
+    with Network(2, 0) as network:
+        container = DistAutogradContainer(network.workers[1].container._requester, first_local_id=7 << 32)
+        lease = container.new_context()
+        assert lease._context_id() == (1 << 48) + (7 << 32)
+        assert lease.context.attach_outgoing(WorkerId(0), []).message_id == (1 << 48) + (7 << 32)

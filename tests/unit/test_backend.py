@@ -117,3 +117,28 @@ def test_tensorpipe_can_be_replaced(started: list[tuple[Any, ...]], tmp_path: An
     with pytest.raises(_Started):
         _init(TENSORPIPE, tmp_path, rpc.TensorPipeRpcBackendOptions(rpc_timeout=5))
     assert started[0][4].rpc_timeout == 5.0
+
+
+def test_the_store_of_a_worker_that_draws_its_rank_is_made_without_one(tmp_path: Any) -> None:
+    options = zmqagent.ZmqRpcBackendOptions(init_method=f"file://{tmp_path}/store")
+    with pytest.raises(ValueError, match="rank parameter missing"):
+        dist._create_store_from_options(options, -1)
+    options.draw_rank = True
+    assert isinstance(dist._create_store_from_options(options, -1), dist.FileStore)
+
+
+@pytest.mark.parametrize("world_size", [None, 0])
+def test_without_a_world_size_the_group_is_dynamic(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, world_size: int | None
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def join(*args: Any) -> Any:
+        calls.append(args)
+        raise _Started
+
+    monkeypatch.setattr(backend.DynamicWorker, "join", join)
+    with pytest.raises(_Started):
+        _init(rpc.BackendType.ZMQ, tmp_path, zmqagent.ZmqRpcBackendOptions(), rank=3, world_size=world_size)
+    ((_, name, rank, *_),) = calls
+    assert (name, rank) == ("w", 3)

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
-from zmqagent.agent.checks import check_group, check_name, check_worker_id
 from zmqagent.agent.membership import Membership
 from zmqagent.agent.membership_events import (
+    Acknowledge,
+    Announcement,
+    AnnouncementAnswered,
+    AnnouncementBegun,
+    AnnouncementEnded,
     BarrierEntered,
     BarrierUnanswered,
     Connect,
@@ -24,8 +28,10 @@ from zmqagent.agent.membership_events import (
     Reached,
     SaidGoodbye,
     SayGoodbye,
+    SendAnnouncement,
     SendBarrier,
     Suspected,
+    WorkerCame,
     WorkerGone,
 )
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, ShutdownError, UnknownWorkerError, WorkerLostError
@@ -336,43 +342,102 @@ class TestLeaving:
         assert gone.expected
 
 
-class TestChecks:
-    @pytest.mark.parametrize("name", ["a", "worker-0", "a:b_C9", "x" * 127])
-    def test_legal_names_pass(self, name: str) -> None:
-        check_name(name)
+def newcomer(worker_id: int, ordinal: int, *, name: str | None = None) -> PeerRecord:
+    """One of a dynamic group; its incarnation tells it from others of its name or id."""
+    return PeerRecord(name or f"worker{worker_id}", WorkerId(worker_id), 1000 + ordinal, "host", 1, ("ipc://x",), 0, ordinal)
 
-    @pytest.mark.parametrize("name", ["", "a b", "é", "a\n", "a/b", "x" * 128])
-    def test_illegal_names_are_refused_in_torchs_words(self, name: str) -> None:
-        with pytest.raises(InvalidOptionError, match=r"Worker name must match \^\[A-Za-z0-9-_:\]\*\$, and must be non-empty"):
-            check_name(name)
 
-    def test_a_name_that_is_no_text_is_refused(self) -> None:
-        with pytest.raises(InvalidTypeError, match="not a int"):
-            check_name(3)  # type: ignore[arg-type]
+def dynamic_group(me: int = 0, size: int = 3) -> Membership:
+    membership = Membership(WorkerId(me))
+    for worker_id in [me, *(other for other in range(size) if other != me)]:
+        membership.handle(Joined(newcomer(worker_id, worker_id + 1)), 0.0)
+    return membership
 
-    def test_ids_in_range_pass(self) -> None:
-        check_worker_id(0)
-        check_worker_id(32767)
-        check_worker_id(1, world_size=2)
 
-    @pytest.mark.parametrize(("worker_id", "size"), [(-1, None), (32768, None), (2, 2), (32768, 99999)])
-    def test_ids_out_of_range_are_refused(self, worker_id: int, size: int | None) -> None:
-        with pytest.raises(InvalidOptionError, match=f"but got {worker_id}"):
-            check_worker_id(worker_id, size)
+class TestDynamicGroups:
+    def test_a_newcomer_is_connected_to_before_it_is_told_of(self) -> None:
+        record = newcomer(3, 4)
+        assert dynamic_group().handle(Joined(record), 1.0) == [Connect(record), WorkerCame(record)]
 
-    @pytest.mark.parametrize("worker_id", [True, 1.0, "1"])
-    def test_ids_that_are_no_ints_are_refused(self, worker_id: Any) -> None:
-        with pytest.raises(InvalidTypeError, match="is an int"):
-            check_worker_id(worker_id)
+    @pytest.mark.parametrize("record", [newcomer(1, 9, name="other"), newcomer(9, 9, name="worker1")])
+    def test_a_newcomer_takes_the_place_of_who_had_its_name_or_id(self, record: PeerRecord) -> None:
+        membership = dynamic_group()
+        gone, connect, came = membership.handle(Joined(record), 1.0)
+        assert isinstance(gone, WorkerGone)
+        assert gone.record == newcomer(1, 2)
+        assert [connect, came] == [Connect(record), WorkerCame(record)]
+        assert membership.find(record.name).record == membership.find(record.worker_id).record == record
 
-    def test_a_group_without_conflicts_passes(self) -> None:
-        check_group([record(0), record(1)], world_size=2)
+    @pytest.mark.parametrize("record", [newcomer(1, 1, name="other"), newcomer(9, 1, name="worker1")])
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_one_that_comes_late_does_not_take_the_place_of_its_successor(self, record: PeerRecord, is_gone: bool) -> None:
+        membership = dynamic_group()
+        if is_gone:
+            membership.handle(lost(1, incarnation=1002), 1.0)
+        before = membership.members
+        assert membership.handle(Joined(record), 2.0) == []
+        assert membership.members == before
 
-    def test_two_workers_of_one_name_are_refused_in_torchs_words(self) -> None:
-        text = "RPC worker name a is not unique. Workers 0 and 1 share the same name."
-        with pytest.raises(InvalidOptionError, match=text):
-            check_group([record(0, name="a"), record(1, name="a")])
+    @pytest.mark.parametrize("record", [newcomer(0, 9), newcomer(9, 9, name="worker0")])
+    def test_nobody_takes_the_place_of_this_worker_itself(self, record: PeerRecord) -> None:
+        membership = dynamic_group()
+        assert membership.handle(Joined(record), 1.0) == []
+        assert membership.find("worker0").record == membership.find(WorkerId(0)).record == newcomer(0, 1)
 
-    def test_two_workers_of_one_id_are_refused(self) -> None:
-        with pytest.raises(InvalidOptionError, match=r"Worker id 1 is not unique\. Workers a and b share it"):
-            check_group([record(1, name="a"), record(1, name="b")])
+    def test_an_announcement_goes_to_all_who_are_there_and_ends_with_the_last_answer(self) -> None:
+        membership = dynamic_group()
+        assert membership.handle(AnnouncementBegun(Announcement.JOIN, "token"), 1.0) == [
+            SendAnnouncement(Announcement.JOIN, newcomer(1, 2)),
+            SendAnnouncement(Announcement.JOIN, newcomer(2, 3)),
+        ]
+        assert [str(member) for member in membership.untold(Announcement.JOIN)] == ["'worker1' (1)", "'worker2' (2)"]
+        assert answered(membership, 2) == []
+        assert answered(membership, 2) == []
+        assert answered(membership, 1, incarnation=7) == []
+        assert answered(membership, 1) == [AnnouncementEnded("token")]
+        assert membership.untold(Announcement.JOIN) == ()
+        assert answered(membership, 1) == []
+
+    def test_an_announcement_to_nobody_is_over_at_once(self) -> None:
+        membership = dynamic_group(size=1)
+        assert membership.handle(AnnouncementBegun(Announcement.JOIN, "token"), 1.0) == [AnnouncementEnded("token")]
+
+    @pytest.mark.parametrize("end", [lost(1, incarnation=1002), goodbye(1, incarnation=1002), Joined(newcomer(1, 9))])
+    def test_who_goes_need_not_answer(self, end: Any) -> None:
+        membership = dynamic_group(size=2)
+        membership.handle(AnnouncementBegun(Announcement.JOIN, "token"), 1.0)
+        assert only(membership.handle(end, 2.0), AnnouncementEnded) == [AnnouncementEnded("token")]
+
+    def test_one_that_joins_meanwhile_need_not_be_told(self) -> None:
+        membership = dynamic_group(size=2)
+        membership.handle(AnnouncementBegun(Announcement.JOIN, "token"), 1.0)
+        membership.handle(Joined(newcomer(2, 3)), 1.0)
+        assert answered(membership, 1) == [AnnouncementEnded("token")]
+
+    def test_a_departure_is_acknowledged_before_the_way_back_is_gone(self) -> None:
+        membership = dynamic_group()
+        leaving = SaidGoodbye(WorkerId(1), 1002, "shutdown", "token")
+        acknowledge, disconnect, gone = membership.handle(leaving, 1.0)
+        assert acknowledge == Acknowledge("token")
+        assert disconnect == Disconnect(WorkerId(1))
+        assert isinstance(gone, WorkerGone)
+        assert gone.expected
+        assert membership.handle(leaving, 2.0) == [Acknowledge("token")]
+
+    def test_one_whose_goodbye_came_first_does_not_join_any_more(self) -> None:
+        membership = dynamic_group()
+        membership.handle(SaidGoodbye(WorkerId(3), 1004, "could not join", "token"), 1.0)
+        assert membership.handle(Joined(newcomer(3, 4)), 2.0) == []
+        assert membership.handle(Joined(newcomer(3, 5)), 2.0) != []
+
+    def test_who_knows_that_this_worker_leaves_hears_no_goodbye(self) -> None:
+        membership = dynamic_group()
+        membership.handle(AnnouncementBegun(Announcement.LEAVE, "token"), 1.0)
+        answered(membership, 1, Announcement.LEAVE)
+        assert membership.handle(Leaving("shutdown"), 2.0) == [SayGoodbye((WorkerId(2),), "shutdown")]
+
+
+def answered(
+    membership: Membership, worker_id: int, what: Announcement = Announcement.JOIN, *, incarnation: int = 0
+) -> list[Instruction]:
+    return membership.handle(AnnouncementAnswered(what, WorkerId(worker_id), incarnation or 1001 + worker_id), 1.0)

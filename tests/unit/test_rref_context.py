@@ -435,6 +435,26 @@ def test_shutdown_deletes_the_users_that_are_still_referred_to(group: Group) -> 
     assert new.rref.owner_name() == "worker1"
 
 
+def test_one_that_leaves_gives_back_its_users_and_does_not_wait_for_those_of_others(group: Group) -> None:
+    mine, theirs = group.remote(0, 1, "value"), group.remote(1, 0, "value")
+    waiter = threading.Thread(target=group[0].context.delete_all_users)
+    waiter.start()
+    assert group[0].context._shell.wait_until(lambda protocol: protocol.counts.unanswered == 1, 10.0)
+    group.deliver()
+    waiter.join(10.0)
+    assert not waiter.is_alive()
+    assert counts(group, 1)[0] == 0
+    assert counts(group, 0)[0] == 1
+    del mine, theirs
+
+
+def test_a_departure_that_takes_too_long_is_logged_and_goes_on(group: Group, caplog: pytest.LogCaptureFixture) -> None:
+    new = group.remote(0, 1, "value")
+    group[0].context.delete_all_users(timeout=0.0)
+    assert "worker0: timed out after 0 s while waiting for the owners of deleted users to answer" in caplog.text
+    del new
+
+
 def test_a_shutdown_that_takes_too_long_is_logged_and_goes_on(group: Group, caplog: pytest.LogCaptureFixture) -> None:
     new = group[0].context.new_remote(WorkerId(1))
     group[0].context.delete_all_users_and_unforked_owners(timeout=0.0)
