@@ -24,7 +24,7 @@ __all__ = ["LAST_WORDS", "SETTLE", "Liveness"]
 SETTLE = 0.1
 """Seconds between a death and its report, in which libzmq's thread takes in what the peer's sockets still held, and others run
 what has been received: a goodbye, or the answer that let the peer go. On a busy machine either thread may be late by tens of
-milliseconds; 5 ms were too few once in a few thousand shutdowns of four workers on two loaded cores."""
+milliseconds; 5 ms were too few in one of some 1,200 shutdowns of four workers on two loaded cores."""
 
 LAST_WORDS = 1.0
 """Seconds after which a death is reported even though messages, maybe those of others, never ceased to come."""
