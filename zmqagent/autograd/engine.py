@@ -27,6 +27,7 @@ from zmqagent.agent.base import NO_TIMEOUT, Reply, Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.autograd.functions import CONTEXT_GONE, Wire
+from zmqagent.autograd.pass_errors import as_error, as_raised, failure
 from zmqagent.autograd.passes import Arrival, BackwardPass, Engager
 from zmqagent.autograd.plan import Edge
 from zmqagent.autograd.roots import check_arguments, root_edges
@@ -34,13 +35,12 @@ from zmqagent.autograd.staging import StagedGraph
 from zmqagent.exceptions import (
     AutogradContextError,
     BackwardError,
-    ProtocolError,
     RemoteBackwardError,
     RpcError,
     ShutdownError,
 )
-from zmqagent.wire.commands import AbortBackward, Ack, BackwardAutograd, Failure
-from zmqagent.wire.types import Message, MessageType, WorkerId
+from zmqagent.wire.commands import AbortBackward, Ack, BackwardAutograd
+from zmqagent.wire.types import MessageType, WorkerId
 
 __all__ = ["DistEngine"]
 
@@ -108,7 +108,7 @@ class DistEngine:
                 if opened.error is not None:
                     self._abort_elsewhere(opened)
             if opened.error is not None:
-                raise self._as_raised(opened.error)
+                raise as_raised(opened.error, self._requester.worker_id)
 
     def _open(
         self, context: DistAutogradContext, edges: Sequence[Edge], gradients: Sequence[Tensor], retain_graph: bool
@@ -224,7 +224,7 @@ class DistEngine:
             if running.answered():
                 self._succeed(running)
         else:
-            self._fail(running, _as_error(reply))
+            self._fail(running, as_error(reply))
 
     # Serving other workers.
 
@@ -236,7 +236,7 @@ class DistEngine:
         try:
             engaged, is_first = self._join(source, command, respond)
         except RpcError as error:
-            respond(self._failure(error))
+            respond(failure(error, self._requester.worker_id))
             return
         try:
             engaged.take_in(Arrival(command.metadata.message_id, command.gradients))
@@ -245,7 +245,7 @@ class DistEngine:
                 # The end of the pass is the answer, and has been given if it ended for another reason.
                 self._fail(engaged, error)
             else:
-                respond(self._failure(error))
+                respond(failure(error, self._requester.worker_id))
             return
         if not is_first:
             respond(_ACK.to_message())
@@ -296,7 +296,7 @@ class DistEngine:
             return
         self._forget(failed)
         if failed.engager is not None:
-            failed.engager.respond(self._failure(error))
+            failed.engager.respond(failure(error, self._requester.worker_id))
 
     def _forget(self, ended: BackwardPass) -> None:
         with self._lock:
@@ -311,7 +311,7 @@ class DistEngine:
             context.passes.abort(failed.pass_id)
             is_closed = self._closed is not None
         if not is_closed:
-            reason = str(self._as_raised(failed.error)) if failed.error is not None else ""
+            reason = str(as_raised(failed.error, self._requester.worker_id)) if failed.error is not None else ""
             self._tell_of_failure(context, AbortBackward(context.context_id, failed.pass_id, reason))
 
     def _tell_of_failure(self, context: DistAutogradContext, command: AbortBackward) -> None:
@@ -321,20 +321,6 @@ class DistEngine:
             except RpcError as fault:
                 # The peer is gone, or this worker shuts down; the pass ends there by that.
                 _logger.debug("worker %d is not told that a backward pass failed: %s", worker_id, fault)
-
-    def _as_raised(self, error: BaseException) -> BaseException:
-        """``error`` as `backward` raises it: errors of other kinds than ours say on which worker they happened."""
-        if isinstance(error, RpcError) or not isinstance(error, Exception):
-            return error
-        wrapped = RemoteBackwardError(self._at_this_node(error))
-        wrapped.__cause__ = error
-        return wrapped
-
-    def _failure(self, error: BaseException) -> Message:
-        return Failure(RemoteBackwardError.code, type(error).__name__, self._at_this_node(error)).to_message()
-
-    def _at_this_node(self, error: BaseException) -> str:
-        return f"Error on Node {self._requester.worker_id}: {str(error) or type(error).__name__}"
 
     # What ends passes from outside.
 
@@ -393,15 +379,6 @@ def _arrive(graph: StagedGraph, root: int, arrival: Arrival) -> None:
         return
     with record_function(_SEND_NAME):
         graph.arrive(root, arrival.gradients)
-
-
-def _as_error(reply: Reply) -> RpcError:
-    """Why gradients were not accepted."""
-    if isinstance(reply, RpcError):
-        return reply
-    if isinstance(reply, Failure):
-        return RemoteBackwardError(reply.text)
-    return ProtocolError(f"gradients were answered by a {type(reply).__name__}")
 
 
 def _log_unanswered_abort(reply: Reply) -> None:

@@ -7,12 +7,10 @@ only as a `Requester`; never pickles, and runs user code only by calling back.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -27,7 +25,8 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rref import events
-from zmqagent.rref.forks import Forks, PendingUsers, current_forks, current_pending, unpack_fork, unpickling_scope
+from zmqagent.rref.forks import Forks, PendingUsers, Unscoped, current_forks, current_pending, unpack_fork, unpickling_scope
+from zmqagent.rref.owner_table import OwnerTable
 from zmqagent.rref.owners import CREATION_TIMED_OUT
 from zmqagent.rref.protocol import RRefProtocol
 from zmqagent.rref.rref import OwnerRRef, RRef, RRefCalls, UserRRef
@@ -56,13 +55,6 @@ class NewRemote(NamedTuple):
     fork_id: ForkId
 
 
-class _Unscoped(threading.local):
-    """The shares that a thread has minted outside of all scopes."""
-
-    def __init__(self) -> None:
-        self.shares: list[ForkData] = []
-
-
 class RRefContext:
     """All RRefs of one worker, as owner and as user. All methods may be called from any thread."""
 
@@ -79,11 +71,8 @@ class RRefContext:
         self._me = requester.worker_id
         self._names: dict[WorkerId, str] = {}
         self._shell = ProtocolShell(requester, first_local_id, clock)
-        # Every OwnerRRef that anybody refers to, so that one id never has two of them. Protected by the shell's lock.
-        self._owners: WeakValueDictionary[RRefId, OwnerRRef] = WeakValueDictionary()
-        # Those whose function still runs: fetches that wait for the value must not lose it when the last user goes. Same lock.
-        self._running: dict[RRefId, OwnerRRef] = {}
-        self._unscoped = _Unscoped()
+        self._own = OwnerTable(self._me, self._shell)
+        self._unscoped = Unscoped()
 
     # What RRefs ask of their home (`RRefHome`).
 
@@ -124,7 +113,7 @@ class RRefContext:
         if isinstance(value, torch.jit.ScriptModule) and type_hint is None:
             raise InvalidTypeError("The RRef being created contains a ScriptModule, must provide its ModuleInterface type hint. ")
         with self._shell.locked() as protocol:
-            owner = self._owner(RRefId(self._me, protocol.draw()), created=True)
+            owner = self._own.get(RRefId(self._me, protocol.draw()), created=True)
         owner.set_value(value)
         return owner
 
@@ -150,11 +139,11 @@ class RRefContext:
 
         def created(protocol: RRefProtocol) -> events.OwnerForked:
             rref_id = RRefId(self._me, protocol.draw())
-            owners.append(self._owner(rref_id, created=True))
+            owners.append(self._own.get(rref_id, created=True))
             return events.OwnerForked(rref_id, ForkId(*rref_id), owners[0], created=True)
 
         event = self._shell.step(created)
-        self._keep_while_running(owners[0])
+        self._own.keep_while_running(owners[0])
         return NewRemote(RRef(owners[0], self), event.rref_id, event.fork_id)
 
     def confirm_remote(self, rref_id: RRefId, fork_id: ForkId) -> None:
@@ -244,7 +233,7 @@ class RRefContext:
         owners: list[OwnerRRef] = []
 
         def unpickled(_: RRefProtocol) -> events.OwnerUnpickled:
-            owners.append(self._owner(rref_id, created=False))
+            owners.append(self._own.get(rref_id, created=False))
             return events.OwnerUnpickled(rref_id, fork_id, parent, owners[0], owners[0].created)
 
         try:
@@ -279,12 +268,12 @@ class RRefContext:
         owners: list[OwnerRRef] = []
 
         def created(_: RRefProtocol) -> events.OwnerCreated:
-            owners.append(self._owner(rref_id, created=True))
+            owners.append(self._own.get(rref_id, created=True))
             # The creator minted the fork id itself, so the id says who it is.
             return events.OwnerCreated(rref_id, fork_id, WorkerId(fork_id.created_on), owners[0])
 
         self._shell.step(created)
-        self._keep_while_running(owners[0])
+        self._own.keep_while_running(owners[0])
         return owners[0]
 
     def when_owner_ready(self, rref_id: RRefId, callback: OnOwnerReady) -> None:
@@ -294,7 +283,7 @@ class RRefContext:
         owners: list[OwnerRRef] = []
 
         def fetched(_: RRefProtocol) -> events.OwnerFetched:
-            owners.append(self._owner(rref_id, created=False))
+            owners.append(self._own.get(rref_id, created=False))
             return events.OwnerFetched(rref_id, owners[0], owners[0].created)
 
         try:
@@ -342,19 +331,19 @@ class RRefContext:
         """Waits until no user and no child is pending, deletes every user on this worker, and waits until the others have deleted
         theirs of RRefs owned here; each wait takes at most ``timeout`` seconds, and one that does not suffice is logged."""
         self._drop_all_users(timeout)
-        if not self._shell.wait_until(_is_empty, timeout):
+        if not self._shell.wait_until(lambda protocol: protocol.counts.is_empty, timeout):
             self._log_timeout("the users of the RRefs owned here to be deleted", timeout)
 
     def delete_all_users(self, timeout: float = _SHUTDOWN_TIMEOUT) -> None:
         """Waits until no user and no child is pending, deletes every user on this worker, and waits until their owners know; each
         wait takes at most ``timeout`` seconds, and one that does not suffice is logged."""
         self._drop_all_users(timeout)
-        if not self._shell.wait_until(_has_no_users, timeout):
+        if not self._shell.wait_until(lambda protocol: protocol.counts.has_no_users, timeout):
             self._log_timeout("the owners of deleted users to answer", timeout)
 
     def _drop_all_users(self, timeout: float) -> None:
         self.drain()
-        if not self._shell.wait_until(_is_settled, timeout):
+        if not self._shell.wait_until(lambda protocol: protocol.counts.is_settled, timeout):
             self._log_timeout("users to be confirmed", timeout)
         self._shell.handle(events.AllUsersDropped())
 
@@ -378,10 +367,7 @@ class RRefContext:
         """Ends all RRefs of this worker, and whatever waits for one, without a word on leaks. Idempotent."""
         error = ShutdownError("RPC was shut down on this worker while the RRef was still waited for")
         self._shell.handle(events.Closed(error))
-        with self._shell.locked():
-            owners = list(self._owners.values())
-            self._running.clear()
-        for owner in owners:
+        for owner in self._own.let_go():
             owner.set_error(error)  # changes nothing where there is a value
         self._shell.close()
 
@@ -398,43 +384,9 @@ class RRefContext:
 
     # Helpers.
 
-    def _owner(self, rref_id: RRefId, *, created: bool) -> OwnerRRef:
-        """The one `OwnerRRef` of ``rref_id``. The caller holds the lock."""
-        owner = self._owners.get(rref_id)
-        if owner is None:
-            owner = self._owners[rref_id] = OwnerRRef(self._me, rref_id, created=created)
-        owner.created = owner.created or created
-        return owner
-
     def _new_user(self, owner: WorkerId, rref_id: RRefId, fork_id: ForkId) -> RRef:
         self.worker_name(owner)
         return RRef(UserRRef(owner, rref_id, fork_id, self._shell.notes), self)
 
-    def _keep_while_running(self, owner: OwnerRRef) -> None:
-        with self._shell.locked():
-            if owner.is_ready or owner.rref_id in self._running:
-                return
-            self._running[owner.rref_id] = owner
-        owner.add_callback(self._forget_running)
-
-    def _forget_running(self, owner: OwnerRRef) -> None:
-        with self._shell.locked():
-            self._running.pop(owner.rref_id, None)
-
     def _log_timeout(self, what: str, timeout: float) -> None:
         _logger.warning("%s: timed out after %g s while waiting for %s", self.worker_name(self._me), timeout, what)
-
-
-def _is_settled(protocol: RRefProtocol) -> bool:
-    counts = protocol.counts
-    return not counts.pending_users and not counts.pending_children
-
-
-def _has_no_users(protocol: RRefProtocol) -> bool:
-    counts = protocol.counts
-    return not counts.users and not counts.unanswered
-
-
-def _is_empty(protocol: RRefProtocol) -> bool:
-    counts = protocol.counts
-    return not counts.users and not counts.owners and not counts.forks and not counts.unanswered

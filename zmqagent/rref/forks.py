@@ -20,6 +20,7 @@ from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 __all__ = [
     "Forks",
     "PendingUsers",
+    "Unscoped",
     "current_forks",
     "current_pending",
     "receive_rref",
@@ -86,6 +87,13 @@ class Forks:
         shares, self.shares = self.shares, []
         if shares:
             self._settle(tuple(map(_fork, shares)), None)
+
+
+class Unscoped(threading.local):
+    """The shares that a thread has minted outside of all scopes."""
+
+    def __init__(self) -> None:
+        self.shares: list[ForkData] = []
 
 
 class PendingUsers:

@@ -79,6 +79,21 @@ class Counts:
     """Control messages that have not been answered."""
     users: int
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether owners have confirmed all users here, and all children that were forked from them."""
+        return not self.pending_users and not self.pending_children
+
+    @property
+    def has_no_users(self) -> bool:
+        """Whether this worker uses no RRef of others, and they have been told."""
+        return not self.users and not self.unanswered
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this worker uses no RRef of others, and others none of its own."""
+        return not self.users and not self.owners and not self.forks and not self.unanswered
+
 
 class RRefProtocol:
     """One worker's part in the protocol. Not thread-safe: whoever calls it holds a lock."""

@@ -1,7 +1,7 @@
 """One small class a message type, to and from `Message`.
 
 Pure. A command says what is asked or answered in the terms of torch's RPC; `Message` is the same in a shape that `frames` can
-put on the wire. Messages around other messages are in `wrappers`.
+put on the wire. What runs functions and answers is here, the rest in the modules that this one imports.
 
 `parse` turns a received `Message` into its command and raises `ProtocolError` if the message does not fit: fields too many, too
 few, of other types or out of range, or a body that its type does not have.
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
-from zmqagent.wire.fields import take, take_bare, take_shares, take_without_pickle, to_fork_id, to_rref_id
+from zmqagent.wire.autograd_commands import AbortBackward, BackwardAutograd, CleanupContext
+from zmqagent.wire.fields import take, take_bare, take_shares, to_fork_id, to_rref_id
 from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
-from zmqagent.wire.types import AutogradMetadata, ForkData, ForkId, Message, MessageType, RRefId
+from zmqagent.wire.rref_commands import RRefBackward, RRefChildAccept, RRefFetch, RRefForkRequest, RRefUserDelete
+from zmqagent.wire.types import ForkData, ForkId, Message, MessageType, RRefId
 from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling
 
 __all__ = [
@@ -176,143 +178,6 @@ class RemoteReturn:
     def from_message(cls, message: Message) -> RemoteReturn:
         a, b, c, d = take_bare(message, int, int, int, int)
         return cls(to_rref_id(a, b), to_fork_id(c, d))
-
-
-@dataclass(frozen=True, slots=True)
-class RRefFetch:
-    """Ask the owner for the value of ``rref_id``; answered once the value exists."""
-
-    type: ClassVar[MessageType] = MessageType.PYTHON_RREF_FETCH_CALL
-    rref_id: RRefId
-
-    def to_message(self) -> Message:
-        return Message(self.type, tuple(self.rref_id))
-
-    @classmethod
-    def from_message(cls, message: Message) -> RRefFetch:
-        a, b = take_bare(message, int, int)
-        return cls(to_rref_id(a, b))
-
-
-@dataclass(frozen=True, slots=True)
-class RRefUserDelete:
-    """A user's share has died (G1)."""
-
-    type: ClassVar[MessageType] = MessageType.RREF_USER_DELETE
-    rref_id: RRefId
-    fork_id: ForkId
-
-    def to_message(self) -> Message:
-        return Message(self.type, (*self.rref_id, *self.fork_id))
-
-    @classmethod
-    def from_message(cls, message: Message) -> RRefUserDelete:
-        a, b, c, d = take_bare(message, int, int, int, int)
-        return cls(to_rref_id(a, b), to_fork_id(c, d))
-
-
-@dataclass(frozen=True, slots=True)
-class RRefForkRequest:
-    """A new user tells the owner of itself."""
-
-    type: ClassVar[MessageType] = MessageType.RREF_FORK_REQUEST
-    rref_id: RRefId
-    fork_id: ForkId
-
-    def to_message(self) -> Message:
-        return Message(self.type, (*self.rref_id, *self.fork_id))
-
-    @classmethod
-    def from_message(cls, message: Message) -> RRefForkRequest:
-        a, b, c, d = take_bare(message, int, int, int, int)
-        return cls(to_rref_id(a, b), to_fork_id(c, d))
-
-
-@dataclass(frozen=True, slots=True)
-class RRefChildAccept:
-    """A child tells its parent that the owner knows it (G2)."""
-
-    type: ClassVar[MessageType] = MessageType.RREF_CHILD_ACCEPT
-    fork_id: ForkId
-
-    def to_message(self) -> Message:
-        return Message(self.type, tuple(self.fork_id))
-
-    @classmethod
-    def from_message(cls, message: Message) -> RRefChildAccept:
-        a, b = take_bare(message, int, int)
-        return cls(to_fork_id(a, b))
-
-
-@dataclass(frozen=True, slots=True)
-class BackwardAutograd:
-    """Gradients (``tensors``, one for each tensor of the forward message that required grad) for the send function
-    ``metadata.message_id``. ``pass_id`` tells one backward pass of a context from the next."""
-
-    type: ClassVar[MessageType] = MessageType.BACKWARD_AUTOGRAD_REQ
-    metadata: AutogradMetadata
-    pass_id: int
-    retain_graph: bool
-    gradients: Sequence[Any]
-
-    def to_message(self) -> Message:
-        fields = (*self.metadata, self.pass_id, self.retain_graph)
-        return Message(self.type, fields, tensors=self.gradients)
-
-    @classmethod
-    def from_message(cls, message: Message) -> BackwardAutograd:
-        context_id, message_id, pass_id, retain_graph = take_without_pickle(message, int, int, int, bool)
-        return cls(AutogradMetadata(context_id, message_id), pass_id, retain_graph, message.tensors)
-
-
-@dataclass(frozen=True, slots=True)
-class AbortBackward:
-    """The backward pass ``pass_id`` of a context has failed elsewhere for ``reason``: end it here too, and pass it on."""
-
-    type: ClassVar[MessageType] = MessageType.ABORT_BACKWARD_REQ
-    context_id: int
-    pass_id: int
-    reason: str
-
-    def to_message(self) -> Message:
-        return Message(self.type, (self.context_id, self.pass_id, self.reason))
-
-    @classmethod
-    def from_message(cls, message: Message) -> AbortBackward:
-        return cls(*take_bare(message, int, int, str))
-
-
-@dataclass(frozen=True, slots=True)
-class CleanupContext:
-    """The context has been released: erase it, and pass it on."""
-
-    type: ClassVar[MessageType] = MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ
-    context_id: int
-
-    def to_message(self) -> Message:
-        return Message(self.type, (self.context_id,))
-
-    @classmethod
-    def from_message(cls, message: Message) -> CleanupContext:
-        return cls(*take_bare(message, int))
-
-
-@dataclass(frozen=True, slots=True)
-class RRefBackward:
-    """Start a backward pass on the owner from the value of ``rref_id``."""
-
-    type: ClassVar[MessageType] = MessageType.RREF_BACKWARD_REQ
-    rref_id: RRefId
-    context_id: int
-    retain_graph: bool
-
-    def to_message(self) -> Message:
-        return Message(self.type, (*self.rref_id, self.context_id, self.retain_graph))
-
-    @classmethod
-    def from_message(cls, message: Message) -> RRefBackward:
-        a, b, context_id, retain_graph = take_bare(message, int, int, int, bool)
-        return cls(to_rref_id(a, b), context_id, retain_graph)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,95 @@
+"""The commands about RRefs that exist: their values, the lives and deaths of shares, a backward pass; see `commands`. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zmqagent.wire.fields import take_bare, to_fork_id, to_rref_id
+from zmqagent.wire.types import ForkId, Message, MessageType, RRefId
+
+__all__ = ["RRefBackward", "RRefChildAccept", "RRefFetch", "RRefForkRequest", "RRefUserDelete"]
+
+
+@dataclass(frozen=True, slots=True)
+class RRefFetch:
+    """Ask the owner for the value of ``rref_id``; answered once the value exists."""
+
+    type: ClassVar[MessageType] = MessageType.PYTHON_RREF_FETCH_CALL
+    rref_id: RRefId
+
+    def to_message(self) -> Message:
+        return Message(self.type, tuple(self.rref_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefFetch:
+        a, b = take_bare(message, int, int)
+        return cls(to_rref_id(a, b))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefUserDelete:
+    """A user's share has died (G1)."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_USER_DELETE
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, *self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefUserDelete:
+        a, b, c, d = take_bare(message, int, int, int, int)
+        return cls(to_rref_id(a, b), to_fork_id(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefForkRequest:
+    """A new user tells the owner of itself."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_FORK_REQUEST
+    rref_id: RRefId
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, *self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefForkRequest:
+        a, b, c, d = take_bare(message, int, int, int, int)
+        return cls(to_rref_id(a, b), to_fork_id(c, d))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefChildAccept:
+    """A child tells its parent that the owner knows it (G2)."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_CHILD_ACCEPT
+    fork_id: ForkId
+
+    def to_message(self) -> Message:
+        return Message(self.type, tuple(self.fork_id))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefChildAccept:
+        a, b = take_bare(message, int, int)
+        return cls(to_fork_id(a, b))
+
+
+@dataclass(frozen=True, slots=True)
+class RRefBackward:
+    """Start a backward pass on the owner from the value of ``rref_id``."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_BACKWARD_REQ
+    rref_id: RRefId
+    context_id: int
+    retain_graph: bool
+
+    def to_message(self) -> Message:
+        return Message(self.type, (*self.rref_id, self.context_id, self.retain_graph))
+
+    @classmethod
+    def from_message(cls, message: Message) -> RRefBackward:
+        a, b, context_id, retain_graph = take_bare(message, int, int, int, bool)
+        return cls(to_rref_id(a, b), context_id, retain_graph)
