@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from zmqagent import torch_bindings
 from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.checks import check_name, check_worker_id
 from zmqagent.agent.detour import Detour
+from zmqagent.agent.device_routes import devices_of_this_worker
 from zmqagent.agent.directory import UNDRAWN
 from zmqagent.agent.roster import Roster, check_dynamic, directory_store
 from zmqagent.exceptions import InvalidOptionError, RendezvousError, RpcError
@@ -30,8 +30,6 @@ from zmqagent.wire.types import WorkerId
 from zmqagent.worker import Worker, draw_incarnation
 
 __all__ = ["DynamicWorker"]
-
-_logger = logging.getLogger(__name__)
 
 _ID_BITS = 32
 """Each life of a worker draws its ids of RRefs and contexts from a range of its own: the group may still know a former life's."""
@@ -61,8 +59,6 @@ class DynamicWorker(Worker):
             RendezvousError: the group is static, or a member that lives does not answer.
             InvalidOptionError, InvalidTypeError: a name, a rank or an option that is illegal, or that a member has.
         """
-        if options.device_maps:
-            _logger.warning("device_maps are not followed yet: move tensors to the CPU to send them")
         check_name(name)
         if rank == UNDRAWN and not options.draw_rank:
             raise InvalidOptionError(
@@ -75,7 +71,8 @@ class DynamicWorker(Worker):
         incarnation = draw_incarnation()
         transport = bind(options, incarnation, share_host=False)
         try:
-            newcomer = describe_self(name, WorkerId(rank), incarnation, transport.addresses)
+            devices = devices_of_this_worker(options).to_text()
+            newcomer = describe_self(name, WorkerId(rank), incarnation, transport.addresses, devices)
             me, others = roster.enter(newcomer)
         except BaseException:
             transport.close(linger=0)

@@ -39,9 +39,9 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         num_worker_threads: how many threads run what other workers ask for. More are added for as long as all of them wait.
         rpc_timeout: seconds until a call that has no timeout of its own fails; 0 for no limit.
         init_method: where the workers meet: ``env://``, ``tcp://host:port?rank=..&world_size=..`` or ``file:///path``.
-        device_maps: by callee's name, which of its devices a tensor on one of this worker's devices is to go to. Checked and
-            kept, but not followed yet: tensors on an accelerator must be moved to the CPU to be sent.
-        devices: this worker's accelerators; by default those that the maps in both directions name. Not used yet either.
+        device_maps: by callee's name, which of its devices a tensor on one of this worker's devices goes to. Answers and
+            gradients come back the reverse way. A tensor on the CPU stays there without a map.
+        devices: the accelerators of this worker that the maps of all workers may name; by default all it has.
         transport: how workers reach each other: ``"ipc"`` (on one host), ``"tcp"``, or ``"auto"``: ipc if all share a host.
         bind_address: the address or name of an interface to listen on; by default the one that reaches the meeting point.
         draw_rank: in a dynamic group (``init_rpc`` without ``world_size``), ``init_rpc`` may be called without a rank too: the
@@ -236,7 +236,9 @@ def _device(value: Any) -> torch.device:
             accelerator = torch.accelerator.current_accelerator()
             # Scripts count CUDA devices on machines without any, too; whether they exist is checked when the workers meet.
             return torch.device("cuda" if accelerator is None else accelerator.type, value)
-        return torch.device(value)
+        device = torch.device(value)
+        # As tensors have it: they know one CPU, which has no number.
+        return torch.device("cpu") if device.type == "cpu" else device
     except RuntimeError as error:
         raise InvalidOptionError(f"{value!r} is no device: {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -16,6 +15,7 @@ from zmqagent import torch_bindings
 from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.checks import check_group, check_name, check_worker_id
 from zmqagent.agent.detour import Detour
+from zmqagent.agent.device_routes import devices_of_this_worker
 from zmqagent.agent.rendezvous import Rendezvous
 from zmqagent.agent.roster import check_static
 from zmqagent.autograd.container import DistAutogradContainer
@@ -39,8 +39,6 @@ from zmqagent.transport.probe import has_ended
 from zmqagent.wire.types import WorkerId
 
 __all__ = ["Worker", "draw_incarnation"]
-
-_logger = logging.getLogger(__name__)
 
 _INCARNATION_BITS = 63
 
@@ -75,8 +73,6 @@ class Worker:
             RendezvousError: somebody did not come in time, or could not join.
             InvalidOptionError, InvalidTypeError: a name, a rank or an option that is illegal, or that two workers share.
         """
-        if options.device_maps:
-            _logger.warning("device_maps are not followed yet: move tensors to the CPU to send them")
         rendezvous = Rendezvous(store, name, rank, world_size, options.rpc_timeout)
         try:
             check_name(name)
@@ -89,7 +85,8 @@ class Worker:
             rendezvous.refuse(error)
             raise
         try:
-            me = describe_self(name, WorkerId(rank), incarnation, transport.addresses)
+            devices = devices_of_this_worker(options).to_text()
+            me = describe_self(name, WorkerId(rank), incarnation, transport.addresses, devices)
             records = rendezvous.records(me)
             check_group(records, world_size)
             worker = cls(ZmqRpcAgent(me, transport, options, detour))

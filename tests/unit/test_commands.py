@@ -44,7 +44,7 @@ COMMANDS: list[c.Command] = [
     c.Barrier("join", 3),
     c.BarrierPassed(12),
     c.Goodbye("done"),
-    c.Join("worker-1", 1, (1 << 63) - 1, "host", 4711, ("ipc://a", "tcp://b:1"), 99, 3),
+    c.Join("worker-1", 1, (1 << 63) - 1, "host", 4711, ("ipc://a", "tcp://b:1"), 99, 3, "[1]"),
     c.Leave((1 << 63) - 1, "done"),
 ]
 

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from zmqagent.agent.devices import WorkerDevices, cpu_only, device_list, reverse_maps, target_device, validate
-from zmqagent.exceptions import DeviceMapError, InvalidOptionError
+from zmqagent.agent.devices import WorkerDevices, cpu_only, reverse_map, target_device, validate
+from zmqagent.exceptions import DeviceMapError, InvalidOptionError, ProtocolError
 
 CPU = torch.device("cpu")
 GPU = [torch.device("cuda", index) for index in range(4)]
@@ -86,16 +86,26 @@ def test_a_map_in_a_dynamic_group_may_name_a_worker_that_is_yet_to_come() -> Non
 
 
 def test_answers_go_back_the_way_the_requests_came() -> None:
-    assert reverse_maps("b", GOOD) == {"a": {GPU[1]: GPU[0], GPU[0]: GPU[1]}}
-    assert reverse_maps("a", GOOD) == {"a": {CPU: CPU}, "b": {CPU: GPU[1]}}
-    assert reverse_maps("c", GOOD) == {}
+    assert reverse_map(GOOD["a"], "b") == {GPU[1]: GPU[0], GPU[0]: GPU[1]}
+    assert reverse_map(GOOD["b"], "a") == {CPU: GPU[1]}
+    assert reverse_map(GOOD["c"], "a") == {}
 
 
-def test_a_worker_uses_the_devices_it_was_told() -> None:
-    assert device_list([GPU[2], GPU[0]], {"b": {GPU[1]: GPU[1]}}, {}) == [GPU[0], GPU[2]]
+@pytest.mark.parametrize("worker", GOOD.values())
+def test_what_a_worker_tells_of_its_devices_arrives_as_it_was(worker: WorkerDevices) -> None:
+    assert WorkerDevices.from_text(worker.to_text()) == worker
 
 
-def test_a_worker_that_was_told_none_uses_those_of_its_maps() -> None:
-    maps, reverse = {"b": {GPU[3]: GPU[0]}}, {"c": {GPU[1]: GPU[0], CPU: GPU[1]}}
-    assert device_list([], maps, reverse) == [GPU[1], GPU[3]]
-    assert device_list([], {}, {}) == []
+def test_a_worker_without_devices_tells_nothing() -> None:
+    assert WorkerDevices(0, {}, []).to_text() == ""
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", '[1, {"b": 2}, [], ""]', '[1, {}, [3.5], ""]', '["many", {}, [], ""]'])
+def test_words_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(ProtocolError, match="a worker tells of"):
+        WorkerDevices.from_text(text)
+
+
+def test_a_type_of_device_that_this_process_does_not_know_is_named() -> None:
+    with pytest.raises(ProtocolError, match="device 'quantum:0', which torch does not know in this process: import"):
+        WorkerDevices.from_text('[1, {"b": {"quantum:0": "cpu"}}, [], "quantum"]')

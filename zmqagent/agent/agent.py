@@ -16,9 +16,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch.distributed.rpc import WorkerInfo
@@ -27,6 +26,8 @@ from zmqagent.agent.admission import Admission, Departures
 from zmqagent.agent.barriers import Barriers
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond, check_timeout
 from zmqagent.agent.detour import Detour
+from zmqagent.agent.device_routes import DeviceRoutes
+from zmqagent.agent.devices import DeviceMap, Target
 from zmqagent.agent.exchange import Exchange, is_request
 from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
 from zmqagent.agent.farewell import Farewell
@@ -91,7 +92,8 @@ class ZmqRpcAgent:
         self._transport = transport
         self._options = options
         self._rpc_timeout = float(options.rpc_timeout)
-        self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer), detour)
+        self._routes = DeviceRoutes(me.name, options.device_maps)
+        self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer), detour, self._answer_target)
         self._group = Group(
             me,
             transport,
@@ -179,6 +181,10 @@ class ZmqRpcAgent:
         """The name of a member of the group; a readable stand-in if the id is unknown."""
         return self._group.name_of(worker_id)
 
+    def map_back(self, caller: WorkerId) -> DeviceMap:
+        """See `Requester.map_back`."""
+        return self._routes.map_back(self._group.find(caller).record)
+
     def request(
         self,
         to: WorkerId,
@@ -187,7 +193,7 @@ class ZmqRpcAgent:
         *,
         timeout: float = UNSET_TIMEOUT,
         retry: bool = False,
-        device_map: Mapping[Any, Any] | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         """See `Requester.request`."""
         if os.getpid() != self._me.pid:
@@ -197,8 +203,14 @@ class ZmqRpcAgent:
             raise ShutdownError(f"worker {self._me.name} has shut down and sends nothing more")
         peer = self._group.destination(to)
         seconds = check_timeout(timeout)
+        target = self._routes.of_request(peer, device_map)
         self._exchange.request(
-            peer, message, on_reply, timeout=self._rpc_timeout if seconds == UNSET_TIMEOUT else seconds, retry=retry
+            peer,
+            message,
+            on_reply,
+            timeout=self._rpc_timeout if seconds == UNSET_TIMEOUT else seconds,
+            retry=retry,
+            target=target,
         )
 
     # What torch asks.
@@ -233,8 +245,8 @@ class ZmqRpcAgent:
         return self._group.members()
 
     def _get_device_map(self, dst: WorkerInfo) -> dict[torch.device, torch.device]:
-        """The device map of this worker's options towards ``dst``."""
-        return dict(self._options.device_maps.get(dst.name, {}))
+        """The device map of this worker towards ``dst``."""
+        return dict(self._routes.map_to(dst.name))
 
     def _get_backend_options(self) -> ZmqRpcBackendOptions:
         return self._options
@@ -412,6 +424,9 @@ class ZmqRpcAgent:
                 self._admission.check(source, message)
             assert self._callback is not None
             self._callback(source, message, respond)
+
+    def _answer_target(self, caller: WorkerId) -> Target:
+        return self._routes.of_answer(self._group.find(caller).record)
 
     # The group's affairs.
 

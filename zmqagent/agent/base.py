@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from zmqagent.agent.devices import DeviceMap
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, RpcError
 from zmqagent.wire.commands import Command
 from zmqagent.wire.types import Message, WorkerId
@@ -79,6 +80,9 @@ class Requester(Protocol):
     def worker_name(self, worker_id: WorkerId) -> str:
         """The name of a member of the group; a readable stand-in if the id is unknown."""
 
+    def map_back(self, caller: WorkerId) -> DeviceMap:
+        """From this worker's devices to those of ``caller``: how the answers to its requests, and the gradients of these, go."""
+
     def request(
         self,
         to: WorkerId,
@@ -87,14 +91,14 @@ class Requester(Protocol):
         *,
         timeout: float = UNSET_TIMEOUT,
         retry: bool = False,
-        device_map: Mapping[Any, Any] | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         """Sends ``message`` to ``to`` (which may be this worker itself).
 
         ``on_reply`` runs exactly once, later, on a thread of the agent that holds no lock and does not receive: it may block,
         send and run user code. It never runs inside this call. ``retry`` is for idempotent messages: they are sent again (5
-        tries, 1 s x 1.5^n apart) until an answer comes. ``device_map`` says where tensors of an accelerator are
-        to land; it is not followed yet, so only tensors on the CPU can be sent.
+        tries, 1 s x 1.5^n apart) until an answer comes. ``device_map``, from this worker's devices to the callee's, says where
+        tensors are to arrive; None stands for this worker's own map for the callee.
 
         Raises:
             RpcError: a fault found before anything was accepted (unknown worker, device without a map, shutdown); then

@@ -1,10 +1,12 @@
-"""Which names, ids and groups of workers are legal. Pure."""
+"""Which names, ids, device maps and groups of workers are legal. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 
+from zmqagent.agent.devices import WorkerDevices
+from zmqagent.agent.devices import validate as validate_devices
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 from zmqagent.transport.base import PeerRecord
 from zmqagent.wire.types import WorkerId
@@ -52,12 +54,15 @@ def check_group(records: Collection[PeerRecord], world_size: int | None = None) 
 
     Raises:
         InvalidTypeError: a name or an id of the wrong type.
-        InvalidOptionError: an illegal name or id, or one that two workers share.
+        InvalidOptionError: an illegal name or id, or one that two workers share; a device map that does not fit the devices.
+        ProtocolError: what a worker tells of its devices cannot be read here.
     """
     for record in records:
         check_name(record.name)
         check_worker_id(record.worker_id, world_size)
     _check_distinct(records)
+    devices = {record.name: WorkerDevices.from_text(record.devices) for record in records}
+    validate_devices(devices, is_static_group=world_size is not None)
 
 
 def _check_distinct(records: Iterable[PeerRecord]) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from zmqagent.agent.base import Reply
-from zmqagent.agent.devices import cpu_only
+from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.tensors import pack, unpack
 from zmqagent.exceptions import ProtocolError, error_class
 from zmqagent.wire.commands import Failure, parse
@@ -30,7 +27,7 @@ class Codec:
         message: Message,
         call_id: int,
         destination_incarnation: int,
-        target: Callable[[torch.device], torch.device] = cpu_only,
+        target: Target = cpu_only,
     ) -> list[Any]:
         """The frames of ``message``. They hold copies of the tensors' bytes, so that nothing that happens to the tensors later
         changes what is sent, or sent again.

@@ -6,20 +6,33 @@ Pure functions over plain data: what the devices of each worker are comes in as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from zmqagent.exceptions import DeviceMapError, InvalidOptionError
+from zmqagent.exceptions import DeviceMapError, InvalidOptionError, ProtocolError
 
-__all__ = ["DeviceMap", "DeviceMaps", "WorkerDevices", "cpu_only", "device_list", "reverse_maps", "target_device", "validate"]
+__all__ = [
+    "DeviceMap",
+    "DeviceMaps",
+    "Target",
+    "WorkerDevices",
+    "cpu_only",
+    "reverse_map",
+    "target_device",
+    "validate",
+]
 
 DeviceMap = Mapping[torch.device, torch.device]
 """From the caller's devices to the callee's."""
 
 DeviceMaps = Mapping[str, DeviceMap]
 """A caller's device maps by the callee's name."""
+
+Target = Callable[[torch.device], torch.device]
+"""Names, for the device of a tensor that is to travel, the one it is to arrive on."""
 
 _CPU = torch.device("cpu")
 
@@ -31,6 +44,41 @@ class WorkerDevices(NamedTuple):
     maps: DeviceMaps
     devices: Sequence[torch.device]
     accelerator_type: str = ""
+
+    def to_text(self) -> str:
+        """The form in which workers tell each other; empty if there is nothing to tell."""
+        if not (self.accelerator_count or self.maps or self.devices):
+            return ""
+        maps = {to: {str(here): str(there) for here, there in map_.items()} for to, map_ in self.maps.items()}
+        return json.dumps([self.accelerator_count, maps, list(map(str, self.devices)), self.accelerator_type])
+
+    @classmethod
+    def from_text(cls, text: str) -> WorkerDevices:
+        """What `to_text` was called on.
+
+        Raises:
+            ProtocolError: something else wrote the text, or it names a type of device that this process does not know.
+        """
+        if not text:
+            return cls(0, {}, [])
+        try:
+            count, maps, devices, kind = json.loads(text)
+            parsed = {str(to): {_parsed(here): _parsed(there) for here, there in map_.items()} for to, map_ in maps.items()}
+            return cls(int(count), parsed, [_parsed(device) for device in devices], str(kind))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ProtocolError(
+                f"a worker tells of its devices in a form that this version of zmqagent does not know: {error}"
+            ) from error
+
+
+def _parsed(name: Any) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ProtocolError(
+            f"a worker tells of device {name!r:.100}, which torch does not know in this process: import the package that adds "
+            "this type of device on all workers whose device maps name it"
+        ) from error
 
 
 def cpu_only(device: torch.device) -> torch.device:
@@ -120,19 +168,6 @@ def _exist(devices: Sequence[torch.device], worker: WorkerDevices) -> bool:
     )
 
 
-def reverse_maps(name: str, workers: Mapping[str, WorkerDevices]) -> dict[str, dict[torch.device, torch.device]]:
-    """By caller: how the answers of worker ``name`` go back, from its devices to the caller's."""
-    return {
-        caller: {there: here for here, there in worker.maps[name].items()}
-        for caller, worker in workers.items()
-        if name in worker.maps
-    }
-
-
-def device_list(devices: Sequence[torch.device], maps: DeviceMaps, reverse: DeviceMaps) -> list[torch.device]:
-    """The accelerators a worker uses, sorted: those it was told, or else all that its maps in both directions name."""
-    used = set(devices)
-    if not used:
-        used = {device for device_map in (*maps.values(), *reverse.values()) for device in device_map}
-        used.discard(_CPU)
-    return sorted(used, key=lambda device: (device.type, device.index or 0))
+def reverse_map(caller: WorkerDevices, name: str) -> dict[torch.device, torch.device]:
+    """How the answers of worker ``name`` go back to ``caller``, from its devices to the caller's; empty if that has no map."""
+    return {there: here for here, there in caller.maps.get(name, {}).items()}

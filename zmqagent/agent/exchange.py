@@ -21,6 +21,7 @@ from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
 from zmqagent.agent.detour import Detour
+from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.gil import GilProfiler
 from zmqagent.agent.refusals import Refusals
@@ -75,6 +76,7 @@ class Exchange:
         serve: what requests are handed to.
         on_unused: what answers are handed to that nobody takes.
         detour: what messages go through on their way out, if anything; closed by `close`.
+        answer_target: by caller, for a tensor's device in an answer the one it is to arrive on.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class Exchange:
         serve: RequestCallback,
         on_unused: OnUnusedAnswer,
         detour: Detour | None = None,
+        answer_target: Callable[[WorkerId], Target] = lambda caller: cpu_only,
     ) -> None:
         self._me = me
         self._transport = transport
         self._detour = detour
         self._serve = serve
         self._on_unused = on_unused
+        self._answer_target = answer_target
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
         self.gil = GilProfiler()
@@ -125,14 +129,14 @@ class Exchange:
         *,
         timeout: float,
         retry: bool = False,
-        target: Callable[[Any], Any] | None = None,
+        target: Target = cpu_only,
     ) -> None:
-        """Sends ``message`` to ``peer``; see `Requester.request`. ``timeout`` is in seconds, 0 for none; ``target`` is the
-        device map. Raises what `Codec.encode` and `Transport.send` raise, and ShutdownError once closed."""
+        """Sends ``message`` to ``peer``; see `Requester.request`. ``timeout`` is in seconds, 0 for none; ``target`` names, for a
+        tensor's device, the one it is to arrive on. Raises what `Codec.encode` and `Transport.send` raise, and ShutdownError once
+        closed."""
         to = peer.worker_id
         call_id = (to, next(self._numbers[to]))
-        encode = partial(self._codec.encode, message, call_id[1], peer.incarnation)
-        frames = encode(target) if target is not None else encode()
+        frames = self._codec.encode(message, call_id[1], peer.incarnation, target)
         counted = int(message.type not in _UNCOUNTED)
         now = time.monotonic()
         with self._lock:
@@ -362,7 +366,8 @@ class Exchange:
         encoded = True
         try:
             try:
-                frames = self._codec.encode(message, number, incarnation)
+                target = self._answer_target(to) if message.tensors else cpu_only
+                frames = self._codec.encode(message, number, incarnation, target)
             except Exception as error:
                 # The result cannot travel, and the caller should know why.
                 encoded = False

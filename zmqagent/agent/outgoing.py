@@ -7,12 +7,12 @@ a contiguous copy. Small pieces share one buffer, so that a message with hundred
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from zmqagent.agent.buffers import CPU, SMALL, freeze_bytes, freeze_elements
+from zmqagent.agent.devices import Target
 from zmqagent.agent.strides import View, contiguous, pieces
 from zmqagent.agent.tensor_kinds import (
     COALESCED,
@@ -60,7 +60,7 @@ def settle(description: Any) -> Any:
 class Outgoing:
     """The tensors of one message on their way out."""
 
-    def __init__(self, target: Callable[[torch.device], torch.device]) -> None:
+    def __init__(self, target: Target) -> None:
         self._target = target
         self._by_storage: dict[int, list[_Part]] = {}
         self._small: list[bytes | memoryview] = []

@@ -11,12 +11,12 @@ travels as a contiguous copy if it is alone in there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from zmqagent.agent.devices import cpu_only
+from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
 from zmqagent.agent.tensor_kinds import Description
@@ -25,9 +25,7 @@ from zmqagent.exceptions import ProtocolError
 __all__ = ["Description", "pack", "unpack"]
 
 
-def pack(
-    tensors: Sequence[torch.Tensor], target: Callable[[torch.device], torch.device] = cpu_only
-) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
+def pack(tensors: Sequence[torch.Tensor], target: Target = cpu_only) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
     """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
 
     ``target`` names, for a tensor's device, the one it is to arrive on. Every byte is copied once, also from an accelerator.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from zmqagent.agent.devices import DeviceMap
 from zmqagent.autograd.functions import GradientSender, SendRpcBackward, Wire, receive_tensors
 from zmqagent.autograd.passes import PassRegister
 from zmqagent.wire.types import AutogradMetadata, WorkerId
@@ -78,12 +79,17 @@ class DistAutogradContext:
                 self._sends[message_id] = send
         return AutogradMetadata(self.context_id, message_id)
 
+    def withdraw_outgoing(self, metadata: AutogradMetadata) -> None:
+        """The message that `attach_outgoing` was called for was not sent: no gradients will come for its tensors."""
+        with self._lock:
+            self._sends.pop(metadata.message_id, None)
+
     def attach_incoming(
         self,
         metadata: AutogradMetadata,
         source: WorkerId,
         tensors: Sequence[Tensor],
-        device_map: Mapping[Any, Any] | None = None,
+        device_map: DeviceMap | None = None,
     ) -> list[Tensor]:
         """Joins the tensors of a message that came from ``source`` to this context.
 
@@ -91,7 +97,8 @@ class DistAutogradContext:
             metadata: what `attach_outgoing` returned there.
             source: the worker to send the gradients to.
             tensors: the tensors as they came off the wire: leaves, with the ``requires_grad`` they had at the sender.
-            device_map: from this worker's devices to the source's, for the gradients; None leaves the choice to the agent.
+            device_map: from this worker's devices to the source's, for the gradients; None: this worker's own
+                map for the source, by which it asked for what has come.
 
         Returns:
             The tensors to hand to the user, in the same order: those that require grad now have the recv function as ``grad_fn``.

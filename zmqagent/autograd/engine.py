@@ -186,7 +186,7 @@ class DistEngine:
                     graph = self._graph_of(running)
                     numbers = {message_id: number for number, message_id in enumerate(running.roots)}
                     for arrival in arrivals:
-                        _arrive(graph, numbers[arrival.message_id], arrival)
+                        _arrive(running, graph, numbers[arrival.message_id], arrival)
                     while not running.is_over and graph.step():
                         pass
                 finally:
@@ -373,12 +373,12 @@ class DistEngine:
             return list(self._under_way)
 
 
-def _arrive(graph: StagedGraph, root: int, arrival: Arrival) -> None:
+def _arrive(running: BackwardPass, graph: StagedGraph, root: int, arrival: Arrival) -> None:
     if arrival.message_id is None:
         graph.arrive(root, arrival.gradients)
         return
     with record_function(_SEND_NAME):
-        graph.arrive(root, arrival.gradients)
+        graph.arrive(root, running.sends[arrival.message_id].placed(arrival.gradients))
 
 
 def _log_unanswered_abort(reply: Reply) -> None:

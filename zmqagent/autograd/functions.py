@@ -8,7 +8,7 @@ that reach it to where the tensors came from. How they travel, and in which pass
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from zmqagent.agent.devices import DeviceMap
 from zmqagent.exceptions import AutogradContextError, BackwardError
 from zmqagent.wire.types import AutogradMetadata, WorkerId
 
@@ -61,6 +62,17 @@ class SendRpcBackward:
         """The (node, input number) of each tensor that was sent and requires grad."""
         return tuple((edge.node, edge.output_nr) for edge in self._edges)
 
+    def placed(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """``gradients``, one for each edge, each on the device that its tensor was sent from.
+
+        They are there already unless two devices here lead to one there: a tensor on the CPU stays there without a map, and one
+        on an accelerator may be mapped to the CPU.
+        """
+        return [
+            gradient.to(edge.node._input_metadata[edge.output_nr].device)
+            for edge, gradient in zip(self._edges, gradients, strict=True)
+        ]
+
     def __repr__(self) -> str:
         return f"<SendRpcBackward message_id={self.message_id} peer={self.peer} edges={len(self._edges)}>"
 
@@ -97,13 +109,13 @@ class Wire:
     """How a recv gets its gradients to the send that it belongs to.
 
     ``context`` is weak because the context holds the recv. ``device_map`` leads from this worker's devices to the other's; None
-    leaves the choice to the agent.
+    stands for this worker's own map.
     """
 
     context: weakref.ReferenceType[_Context]
     metadata: AutogradMetadata
     source: WorkerId
-    device_map: Mapping[Any, Any] | None
+    device_map: DeviceMap | None
 
     def send(self, gradients: Sequence[Tensor]) -> None:
         """Sends ``gradients`` off.

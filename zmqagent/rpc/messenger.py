@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
+from zmqagent.agent.devices import DeviceMap
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.exceptions import ProtocolError, RpcError
@@ -19,7 +20,7 @@ from zmqagent.rpc.profiler import ProfiledCall
 from zmqagent.rpc.shares import give_back
 from zmqagent.rpc.thread_state import ThreadState, current_state, in_state
 from zmqagent.wire.commands import ForwardAutograd, parse
-from zmqagent.wire.types import Message, WorkerId
+from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["Messenger"]
 
@@ -45,14 +46,22 @@ class Messenger:
         that context, and in the state of the calling thread."""
         context = self._contexts.current_context_or_none()
         on_reply = partial(_reply_in, current_state(), on_reply)
+        metadata = None
         if context is not None:
             if attach_always or _any_requires_grad(message):
-                message = _wrap(context, to, message)
+                metadata = context.attach_outgoing(to, message.tensors)
+                message = ForwardAutograd(metadata, message).to_message()
             on_reply = partial(self._resume, context, to, on_reply)
-        if profiled is None:
-            self._requester.request(to, message, on_reply, timeout=timeout)
-        else:
-            self._send_profiled(to, message, on_reply, timeout, profiled)
+        try:
+            if profiled is None:
+                self._requester.request(to, message, on_reply, timeout=timeout)
+            else:
+                self._send_profiled(to, message, on_reply, timeout, profiled)
+        except BaseException:
+            if context is not None and metadata is not None:
+                # A backward pass would wait for gradients of what was never sent.
+                context.withdraw_outgoing(metadata)
+            raise
 
     def _send_profiled(self, to: WorkerId, message: Message, on_reply: OnReply, timeout: float, profiled: ProfiledCall) -> None:
         message, on_reply = profiled.begin(message, on_reply)
@@ -70,29 +79,31 @@ class Messenger:
 
     def _unwrap_answer(self, context: DistAutogradContext, source: WorkerId, answer: ForwardAutograd) -> Reply:
         try:
-            return parse(self.unwrap(context, source, answer))
+            # Its gradients go the way of a request.
+            return parse(_unwrap(context, source, answer, None))
         except Exception as error:
             give_back(answer)
             # Whoever waits must be told, whatever is wrong with the answer or has become of the context.
             return error if isinstance(error, RpcError) else ProtocolError(f"the answer cannot be taken in: {error!r}")
 
-    def unwrap(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:
-        """The inner message, its tensors joined to ``context`` by a recv function.
+    def unwrap_request(self, context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd) -> Message:
+        """The inner message, its tensors joined to ``context`` by a recv function. Their gradients go the way of an answer.
 
         Raises:
             ProtocolError: it belongs to another context.
         """
-        if wrapped.metadata.context_id != context.context_id:
-            raise ProtocolError(
-                f"a message of autograd context {context.context_id} names context {wrapped.metadata.context_id} as its own"
-            )
-        inner = wrapped.inner
-        tensors = context.attach_incoming(wrapped.metadata, source, inner.tensors)
-        return Message(inner.type, inner.fields, inner.payload, inner.buffers, tensors)
+        return _unwrap(context, source, wrapped, self._requester.map_back(source))
 
     def wrap_answer(self, context: DistAutogradContext, to: WorkerId, answer: Message) -> Message:
         """``answer``, wrapped if the gradients of its tensors will have to come back here."""
-        return _wrap(context, to, answer) if _any_requires_grad(answer) else answer
+        if not _any_requires_grad(answer):
+            return answer
+        return ForwardAutograd(context.attach_outgoing(to, answer.tensors), answer).to_message()
+
+    def withdraw_answer(self, context: DistAutogradContext, answer: Message) -> None:
+        """What `wrap_answer` returned was not sent: no gradients will come back."""
+        if answer.type is MessageType.FORWARD_AUTOGRAD_RESP:
+            context.withdraw_outgoing(ForwardAutograd.from_message(answer).metadata)
 
 
 def _reply_in(state: ThreadState, on_reply: OnReply, reply: Reply) -> None:
@@ -100,8 +111,14 @@ def _reply_in(state: ThreadState, on_reply: OnReply, reply: Reply) -> None:
         on_reply(reply)
 
 
-def _wrap(context: DistAutogradContext, to: WorkerId, message: Message) -> Message:
-    return ForwardAutograd(context.attach_outgoing(to, message.tensors), message).to_message()
+def _unwrap(context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd, device_map: DeviceMap | None) -> Message:
+    if wrapped.metadata.context_id != context.context_id:
+        raise ProtocolError(
+            f"a message of autograd context {context.context_id} names context {wrapped.metadata.context_id} as its own"
+        )
+    inner = wrapped.inner
+    tensors = context.attach_incoming(wrapped.metadata, source, inner.tensors, device_map)
+    return Message(inner.type, inner.fields, inner.payload, inner.buffers, tensors)
 
 
 def _any_requires_grad(message: Message) -> bool:

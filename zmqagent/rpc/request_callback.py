@@ -108,7 +108,7 @@ class RpcRequestCallback:
             # Before a context is made for it: one that a broken message names is never released.
             self._handler(parse(command.inner))
             context = self._contexts.get_or_create_context(command.metadata.context_id)
-            command = parse(self._messenger.unwrap(context, source, command))
+            command = parse(self._messenger.unwrap_request(context, source, command))
         handler = self._handler(command)
         with self._contexts.activate(context), clean_state():
             handler(_Request(source, respond, context, profile), command)
@@ -234,6 +234,8 @@ class RpcRequestCallback:
             forks.sent_to(request.source)
         else:
             forks.cancel()
+            if request.context is not None:
+                self._messenger.withdraw_answer(request.context, answer)
 
     # RRefs.
 

@@ -28,6 +28,7 @@ class PeerRecord:
     means something to peers with an equal ``host`` only. ``addresses`` are the transport's own endpoints, best first. ``started``
     is when the process started, in the kernel's ticks (0: unknown): it tells the process from a later one with the same ``pid``.
     ``ordinal`` is the worker's place in the order in which the members of a dynamic group joined, from 1 on; 0 in a static group.
+    ``devices`` is what the worker tells of its devices, as text that the agent's layer writes and reads.
     """
 
     name: str
@@ -38,6 +39,7 @@ class PeerRecord:
     addresses: tuple[str, ...]
     started: int = 0
     ordinal: int = 0
+    devices: str = ""
 
 
 @dataclass(frozen=True, slots=True)

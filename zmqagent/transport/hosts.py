@@ -54,10 +54,10 @@ def process_start(pid: int) -> int:
     return int(stat.rpartition(b")")[2].split()[_START_FIELD])
 
 
-def describe_self(name: str, worker_id: WorkerId, incarnation: int, addresses: Sequence[str]) -> PeerRecord:
-    """The record that this process publishes; ``addresses`` are those of its transport."""
+def describe_self(name: str, worker_id: WorkerId, incarnation: int, addresses: Sequence[str], devices: str = "") -> PeerRecord:
+    """The record that this process publishes; ``addresses`` are those of its transport, ``devices`` what it tells of its own."""
     pid = os.getpid()
-    return PeerRecord(name, worker_id, incarnation, host_identity(), pid, tuple(addresses), process_start(pid))
+    return PeerRecord(name, worker_id, incarnation, host_identity(), pid, tuple(addresses), process_start(pid), devices=devices)
 
 
 def local_address_towards(host: str, port: int) -> str:

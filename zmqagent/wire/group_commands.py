@@ -71,13 +71,14 @@ class Join:
     addresses: tuple[str, ...]
     started: int
     ordinal: int
+    devices: str
 
     def to_message(self) -> Message:
         return Message(self.type, tuple(getattr(self, name) for name in self.__slots__))
 
     @classmethod
     def from_message(cls, message: Message) -> Join:
-        command = cls(*take_bare(message, str, int, int, str, int, tuple, int, int))
+        command = cls(*take_bare(message, str, int, int, str, int, tuple, int, int, str))
         if not all(isinstance(address, str) for address in command.addresses):
             raise ProtocolError("the addresses of a worker that joins are texts, but others arrived")
         return command

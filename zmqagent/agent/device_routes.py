@@ -1,0 +1,61 @@
+"""Where the tensors in one worker's messages are to arrive.
+
+Requests, and the gradients of answers, follow this worker's map for the peer. Answers, and the gradients of requests, follow the
+reverse of the peer's map for this worker.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+
+from zmqagent.agent.devices import DeviceMap, DeviceMaps, Target, WorkerDevices, reverse_map, target_device
+from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.transport.base import PeerRecord
+
+__all__ = ["DeviceRoutes", "devices_of_this_worker"]
+
+_NO_MAP: DeviceMap = {}
+
+
+def devices_of_this_worker(options: ZmqRpcBackendOptions) -> WorkerDevices:
+    """What a worker with these ``options`` tells the others of its devices."""
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "" if accelerator is None else accelerator.type
+    return WorkerDevices(torch.accelerator.device_count(), options.device_maps, options.devices, kind)
+
+
+class DeviceRoutes:
+    """The device maps that one worker follows.
+
+    Args:
+        name: of this worker.
+        maps: its own, by callee; what becomes of them later is not followed, since the others know them as they are now.
+    """
+
+    def __init__(self, name: str, maps: DeviceMaps) -> None:
+        self._name = name
+        self._maps = {to: dict(device_map) for to, device_map in maps.items()}
+
+    def map_to(self, name: str) -> DeviceMap:
+        """From this worker's devices to those of worker ``name``, for what this one asks it."""
+        return self._maps.get(name, _NO_MAP)
+
+    def map_back(self, caller: PeerRecord) -> DeviceMap:
+        """From this worker's devices to those of ``caller``, for what that asked this one."""
+        return _map_back(caller.devices, self._name)
+
+    def of_request(self, callee: PeerRecord, device_map: DeviceMap | None) -> Target:
+        """Where a tensor of a request goes; ``device_map`` is to be followed in place of `map_to`, if given."""
+        chosen = self.map_to(callee.name) if device_map is None else device_map
+        return partial(target_device, chosen, callee.name, "Request")
+
+    def of_answer(self, caller: PeerRecord) -> Target:
+        """Where a tensor of an answer goes."""
+        return partial(target_device, self.map_back(caller), caller.name, "Response")
+
+
+@lru_cache(maxsize=1024)
+def _map_back(devices: str, name: str) -> DeviceMap:
+    return reverse_map(WorkerDevices.from_text(devices), name)
