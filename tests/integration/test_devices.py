@@ -15,6 +15,7 @@ from torch.distributed.optim import DistributedOptimizer
 
 import zmqagent
 from tests.integration.harness import run_ranks, worker
+from tests.integration.test_dynamic_groups import Stage, join
 from tests.support import fake_device
 from zmqagent.exceptions import DeviceMapError, InvalidOptionError
 
@@ -288,3 +289,40 @@ def test_maps_that_do_not_fit_are_refused_with_torchs_text_on_every_worker(
 ) -> None:
     for told in run_ranks(_start_with, 2, maps, devices):
         assert text in told
+
+
+def _join_with_a_map(rank: int, meeting_point: str) -> None:
+    fake_device.install(2)
+    stage = Stage(meeting_point)
+    if rank == 0:
+        join(0, meeting_point, device_maps={"worker1": {1: 0}, "worker2": {0: 2}})
+        stage.reach("founded")
+        # No join is refused while somebody serves: the founder stays until both have tried.
+        stage.wait("called", "refused")
+    elif rank == 1:
+        stage.wait("founded")
+        join(1, meeting_point, device_maps={"worker0": {0: 1, "cpu": 0}, "nobody": {0: 1}})
+        there, back = rpc.rpc_sync("worker0", places_and_back, args=(made_on("fake:0"), made_on("cpu")))
+        assert (there, places(*back)) == (["fake:1", "fake:0"], ["fake:0", "cpu"])
+        assert rpc.rpc_sync("worker0", places_at_worker1) == ["fake:0"]
+        stage.reach("called")
+    else:
+        stage.wait("called")
+        with pytest.raises(
+            InvalidOptionError, match="Node worker0 has target devices with invalid indices in its device map for"
+        ):
+            join(2, meeting_point)
+        with pytest.raises(InvalidOptionError, match="Node worker3 has source devices with invalid indices"):
+            join(3, meeting_point, device_maps={"worker0": {2: 0}})
+        stage.reach("refused")
+        return
+    rpc.shutdown()
+
+
+def places_at_worker1() -> list[str]:
+    """Where a tensor arrives that this worker sends to the one that has joined."""
+    return rpc.rpc_sync("worker1", places, args=(made_on("fake:1"),))
+
+
+def test_a_worker_that_joins_follows_its_map_and_is_refused_if_one_does_not_fit() -> None:
+    run_ranks(_join_with_a_map, 3)
