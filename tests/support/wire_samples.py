@@ -63,7 +63,7 @@ _REQUESTS: list[c.Command] = [
     c.CleanupContext(CONTEXT),
     c.RRefUserDelete(RREF, FORK),
     c.Barrier("tag", 3),
-    c.Join("carol", 2, 30, "elsewhere", 1, ("tcp://127.0.0.1:1",), 0, 1),
+    c.Join("carol", 2, 30, "elsewhere", 1, ("tcp://127.0.0.1:1",), 0, 1, ""),
     c.Leave(30, "reason"),
     c.Goodbye("reason"),
 ]

@@ -124,6 +124,6 @@ def test_any_fields_are_parsed_or_refused(type_: MessageType, fields: tuple[Any,
 
 
 def test_addresses_that_are_no_texts_are_refused() -> None:
-    message = c.Join("w", 1, 2, "host", 3, (b"ipc://a",), 4, 5).to_message()  # type: ignore[arg-type]
+    message = c.Join("w", 1, 2, "host", 3, (b"ipc://a",), 4, 5, "").to_message()  # type: ignore[arg-type]
     with pytest.raises(ProtocolError, match="the addresses of a worker that joins are texts"):
         c.parse(through_the_wire(message))

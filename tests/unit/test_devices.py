@@ -100,7 +100,9 @@ def test_a_worker_without_devices_tells_nothing() -> None:
     assert WorkerDevices(0, {}, []).to_text() == ""
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "7", '[1, {"b": 2}, [], ""]', '[1, {}, [3.5], ""]', '["many", {}, [], ""]'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "7", '[1, {"b": 2}, [], ""]', '[1, {}, [3.5], ""]', '["many", {}, [], ""]', "[" * 9999]
+)
 def test_words_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ProtocolError, match="a worker tells of"):
         WorkerDevices.from_text(text)

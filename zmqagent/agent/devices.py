@@ -65,7 +65,7 @@ class WorkerDevices(NamedTuple):
             count, maps, devices, kind = json.loads(text)
             parsed = {str(to): {_parsed(here): _parsed(there) for here, there in map_.items()} for to, map_ in maps.items()}
             return cls(int(count), parsed, [_parsed(device) for device in devices], str(kind))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(
                 f"a worker tells of its devices in a form that this version of zmqagent does not know: {error}"
             ) from error
