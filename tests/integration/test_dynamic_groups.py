@@ -111,6 +111,30 @@ def test_the_worker_that_serves_the_store_may_leave_as_long_as_its_process_lives
     assert found[1:] == [(2, ["worker1", "worker2"]), (3, ["worker1", "worker2"])]
 
 
+def _serve_the_store_and_come_back(rank: int, meeting_point: str, port: int) -> Any:
+    stage, address = Stage(meeting_point), f"tcp://127.0.0.1:{port}"
+    if rank:
+        stage.wait("begun")
+    join(rank, address)
+    stage.reach("joined" if rank else "begun")
+    stage.wait("joined")
+    if rank == 0:
+        rpc.shutdown()
+        join(rank, address)
+        stage.reach("back")
+    stage.wait("back")
+    found = rpc.rpc_sync(f"worker{1 - rank}", add, args=(rank, 1)), names()
+    stage.reach(f"done{rank}")
+    stage.wait("done0", "done1")
+    rpc.shutdown()
+    return found
+
+
+def test_the_worker_that_serves_the_store_may_come_back() -> None:
+    found = run_ranks(_serve_the_store_and_come_back, 2, free_port())
+    assert found == [(1, ["worker0", "worker1"]), (2, ["worker0", "worker1"])]
+
+
 def _outlive_the_store(rank: int, meeting_point: str, port: int) -> Any:
     stage, address = Stage(meeting_point), f"tcp://127.0.0.1:{port}"
     if rank == 0:

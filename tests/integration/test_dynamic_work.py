@@ -58,6 +58,7 @@ def _gather(rank: int, meeting_point: str) -> Any:
         join(rank, meeting_point)
         stage.reach("joined3")
         found = [rpc.api._all_gather("from 3")]
+        rpc.api._wait_all_workers(20)
         rpc.shutdown()
         return found
     join(rank, meeting_point)
@@ -70,8 +71,10 @@ def _gather(rank: int, meeting_point: str) -> Any:
         return found
     found.append(rpc.api._all_gather(torch.ones(1) * rank))
     found.append(rpc.api._all_gather(rank, {"worker0", "worker1"}, timeout=20))
+    rpc.api._barrier({"worker0", "worker1"})
     stage.wait("joined3")
     found.append(rpc.api._all_gather(f"from {rank}"))
+    rpc.api._wait_all_workers(20)
     rpc.shutdown()
     return found
 

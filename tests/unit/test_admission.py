@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.base import Reply, Respond
 from zmqagent.agent.membership_events import MemberState
 from zmqagent.agent.roster import Roster
-from zmqagent.exceptions import RpcError, RpcTimeoutError, WorkerLostError
+from zmqagent.exceptions import InvalidOptionError, RpcError, RpcTimeoutError, WorkerLostError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.hosts import describe_self
 from zmqagent.transport.zmq import ZmqTransport
-from zmqagent.wire.commands import Pickled, PythonCall, Return
+from zmqagent.wire.commands import Join, Pickled, PythonCall, Return
 from zmqagent.wire.types import Message, WorkerId
 
 DEADLINE_S = 30.0
@@ -186,3 +187,13 @@ def test_a_worker_of_a_static_group_lets_nobody_in(town: Town) -> None:
             newcomer.agent.announce(DEADLINE_S)
     finally:
         static.shutdown()
+
+
+def test_a_newcomer_of_an_illegal_name_is_not_taken_in_and_that_is_logged(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a one cannot be in the directory: it is no worker of this package."""
+    first = town.come(0)
+    card = {**dataclasses.asdict(first.record), "name": "no name", "worker_id": 5, "incarnation": 99, "ordinal": 9}
+    with pytest.raises(InvalidOptionError, match="Worker name must match"):
+        first.agent._serve(WorkerId(5), Join(**card).to_message(), lambda message: True)
+    assert "worker worker-0 does not take in worker 5: Worker name must match" in caplog.text
+    assert first.names() == ["worker-0"]

@@ -138,6 +138,19 @@ def test_a_gathering_that_takes_too_long_ends_for_all_in_torchs_words(group: Gro
     assert group.gatherings.gather("A", timeout=20) == {"a": "A", "b": "B", "c": "C"}
 
 
+def test_a_gathering_that_ends_as_its_time_is_up_is_not_given_up(group: Group) -> None:
+    """It is decided, and its leader about to be told, when the leader's own wait ends; the next one has begun."""
+    told: list[Any] = []
+    group.gatherings.take((), "a", "A", told.append)
+    group.give("b")
+    group.give("c")
+    group.give("b")
+    group.gatherings._give_up((), told.append, 1.0)
+    assert [outcome.objects for outcome in told] == [{"a": "A", "b": "B", "c": "C"}]
+    group.give("c")
+    assert group.gatherings.gather("A") == {"a": "A", "b": "B", "c": "C"}
+
+
 def test_a_leader_that_leaves_sends_the_others_on_and_lets_itself_go(group: Group) -> None:
     raised: list[BaseException] = []
 

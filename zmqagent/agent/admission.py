@@ -20,7 +20,15 @@ from zmqagent.agent.exchange import Exchange
 from zmqagent.agent.executor import Task
 from zmqagent.agent.group import Group
 from zmqagent.agent.membership_events import Announcement, SendAnnouncement
-from zmqagent.exceptions import ProtocolError, RendezvousError, RpcError, RpcTimeoutError, ShutdownError, WorkerLostError
+from zmqagent.exceptions import (
+    InvalidOptionError,
+    ProtocolError,
+    RendezvousError,
+    RpcError,
+    RpcTimeoutError,
+    ShutdownError,
+    WorkerLostError,
+)
 from zmqagent.transport.base import PeerRecord
 from zmqagent.wire.commands import Ack, Join, Leave, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
@@ -165,7 +173,12 @@ class Admission:
         """Serves the announcement of another worker."""
         command = parse(message)
         if isinstance(command, Join):
-            self._group.join(PeerRecord(**{**asdict(command), "worker_id": WorkerId(command.worker_id)}))
+            try:
+                self._group.join(PeerRecord(**{**asdict(command), "worker_id": WorkerId(command.worker_id)}))
+            except InvalidOptionError as error:
+                # Only whoever is in the group can be answered.
+                _logger.warning("worker %s does not take in worker %d: %s", self._me.name, source, error)
+                raise
 
             def answer() -> None:
                 respond(Ack(MessageType.JOIN_RESP).to_message())

@@ -141,16 +141,25 @@ class Gatherings:
         self.take(names, self._me, obj, waiter)
         with self._changed:
             # Python's own wait, which ^C ends.
-            self._changed.wait_for(lambda: outcomes, _seconds_until(deadline))
-            if not outcomes:
-                missing = sorted(self._participants(names) - self._pending[names].objects.keys())
-                waiters = self._pending.pop(names).waiters
-        if not outcomes:
-            text = f"Followers {missing} timed out in _all_gather after {timeout:.2f} seconds."
-            for other in waiters:
-                other(_Outcome(error=RpcTimeoutError(text)))
-        (outcome,) = outcomes
-        return outcome
+            is_over = self._changed.wait_for(lambda: outcomes, _seconds_until(deadline))
+        if not is_over:
+            self._give_up(names, waiter, timeout)
+            with self._changed:
+                # What ended it at the last moment is being told.
+                self._changed.wait_for(lambda: outcomes)
+        return outcomes[0]
+
+    def _give_up(self, names: Names, waiter: Callable[[_Outcome], None], timeout: float) -> None:
+        """Ends, for all who wait, the gathering that ``waiter`` waits for, unless it has ended."""
+        with self._changed:
+            gathering = self._pending.get(names)
+            if gathering is None or waiter not in gathering.waiters:
+                return
+            del self._pending[names]
+            missing = sorted(self._participants(names) - gathering.objects.keys())
+        text = f"Followers {missing} timed out in _all_gather after {timeout:.2f} seconds."
+        for told in gathering.waiters:
+            told(_Outcome(error=RpcTimeoutError(text)))
 
     def _follow(self, leader: Member, names: Names, obj: Any, deadline: float) -> _Outcome:
         timeout = _seconds_until(deadline)
