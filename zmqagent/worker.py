@@ -74,31 +74,31 @@ class Worker:
             InvalidOptionError, InvalidTypeError: a name, a rank or an option that is illegal, or that two workers share.
         """
         rendezvous = Rendezvous(store, name, rank, world_size, options.rpc_timeout)
-        try:
+        with rendezvous.refusing_on_failure():
             check_name(name)
             check_worker_id(rank, world_size)
             check_static(store, has_ended)
             hosts = rendezvous.hosts(host_identity())
             incarnation = draw_incarnation()
             transport = bind(options, incarnation, share_host=len(set(hosts)) == 1)
-        except RpcError as error:
-            rendezvous.refuse(error)
-            raise
-        try:
-            devices = devices_of_this_worker(options).to_text()
-            me = describe_self(name, WorkerId(rank), incarnation, transport.addresses, devices)
-            records = rendezvous.records(me)
-            check_group(records, world_size)
-            worker = cls(ZmqRpcAgent(me, transport, options, detour))
-        except BaseException:
-            transport.close(linger=0)
-            raise
-        try:
-            worker._begin(records)
-        except BaseException:
-            worker._abandon()
-            raise
+            try:
+                devices = devices_of_this_worker(options).to_text()
+                me = describe_self(name, WorkerId(rank), incarnation, transport.addresses, devices)
+                records = rendezvous.records(me)
+                check_group(records, world_size)
+                worker = cls(ZmqRpcAgent(me, transport, options, detour))
+            except BaseException:
+                transport.close(linger=0)
+                raise
+            worker._begin_or_abandon(records)
         return worker
+
+    def _begin_or_abandon(self, records: Iterable[PeerRecord]) -> None:
+        try:
+            self._begin(records)
+        except BaseException:
+            self._abandon()
+            raise
 
     def _begin(self, records: Iterable[PeerRecord]) -> None:
         """Takes in the group, and starts to serve it."""

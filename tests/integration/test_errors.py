@@ -90,6 +90,23 @@ def test_an_illegal_name_is_refused_and_the_other_worker_is_told_why(name: str) 
     assert text[:50] in others_text
 
 
+def _fail_after_hosts_are_known(rank: int, meeting_point: str) -> Outcome | None:
+    if rank == 0:
+
+        def fail(*_: Any) -> Any:
+            raise OSError("no descriptor is left")
+
+        zmqagent.worker.describe_self = fail
+    return _init(rank, meeting_point, f"worker{rank}", rank, 2, 20.0, False)
+
+
+def test_whatever_fails_while_one_worker_joins_the_others_are_told() -> None:
+    (kind, text), (others_kind, others_text) = run_ranks(_fail_after_hosts_are_known, 2)
+    assert (kind, text) == (OSError, "no descriptor is left")
+    assert issubclass(others_kind, RendezvousError)
+    assert "'worker0' (rank 0) could not join the group: OSError: no descriptor is left" in others_text
+
+
 def _rank_out_of_range(rank: int, meeting_point: str) -> list[Outcome]:
     return [outcome_of(_init_once, meeting_point, "w", its_rank) for its_rank in (2, -1)]
 

@@ -105,6 +105,37 @@ def test_the_first_refusal_is_what_everyone_learns(connect: Connect) -> None:
         meet(connect(), 0, 3, timeout=0)
 
 
+class Broken(Exception):
+    """Nothing that this package raises."""
+
+
+@pytest.mark.parametrize("kind", [Broken, KeyboardInterrupt])
+def test_whatever_keeps_one_from_joining_is_told_to_those_who_wait(kind: type[BaseException], connect: Connect) -> None:
+    def fail() -> None:
+        rendezvous = Rendezvous(connect(), "worker1", 1, 2, DEADLINE_S)
+        with rendezvous.refusing_on_failure():
+            rendezvous.hosts("host1")
+            raise kind("out of luck")
+
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(meet, connect(), 0, 2)
+        with pytest.raises(kind, match="out of luck"):
+            fail()
+        with pytest.raises(
+            RendezvousError, match=rf"'worker1' \(rank 1\) could not join the group: {kind.__name__}: out of luck"
+        ):
+            waits.result()
+
+
+def test_a_store_that_fails_does_not_hide_what_failed_before_it() -> None:
+    class Gone(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("the store is gone")
+
+    with pytest.raises(Broken), Rendezvous(Gone(), "worker0", 0, 1, DEADLINE_S).refusing_on_failure():
+        raise Broken
+
+
 def test_two_that_claim_one_rank_are_told_so_and_so_are_those_who_wait(connect: Connect) -> None:
     """Three workers, of which two say that they are rank 0, so that nobody is rank 1."""
 

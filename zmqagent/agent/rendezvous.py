@@ -7,7 +7,10 @@ stands.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -17,6 +20,8 @@ from zmqagent.exceptions import RendezvousError
 from zmqagent.transport.base import PeerRecord
 
 __all__ = ["Rendezvous", "Store"]
+
+_logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
@@ -76,7 +81,20 @@ class Rendezvous:
         cards = self._exchange("record", asdict(record))
         return [PeerRecord(**{**card, "addresses": tuple(card["addresses"])}) for card in cards]
 
-    def refuse(self, error: Exception) -> None:
+    @contextmanager
+    def refusing_on_failure(self) -> Iterator[None]:
+        """Whatever the body raises, be it ^C, is told to the others by `refuse`."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                self.refuse(error)
+            except Exception as fault:
+                # The store itself may be what failed. The others learn that from theirs.
+                _logger.debug("the others are not told that worker %r cannot join: %s", self._name, fault)
+            raise
+
+    def refuse(self, error: BaseException) -> None:
         """Tells the others that this worker cannot join, and why. Only the first refusal counts: others follow from it."""
         if not self._store.check([_REFUSAL]):
             text = f"{type(error).__name__}: {error}"
