@@ -7,6 +7,7 @@ import importlib
 import multiprocessing.connection
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from tests.conformance.exclusions import KNOWN_FAILURES, NOT_APPLICABLE
 from tests.conformance.fixtures import BACKENDS, ZmqFixture
 from tests.conformance.process import Outcome, RunningTest
 from tests.conformance.report import Report
-from tests.conformance.suites import SUITES, test_names
+from tests.conformance.suites import CUDA_SUITES, SUITES, test_names
 
 _POLL_S = 0.1
 
@@ -29,7 +30,8 @@ _POLL_S = 0.1
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description="Runs torch's own RPC suites on a backend.")
     parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--suite", action="append", choices=list(SUITES), metavar="NAME", help="only this suite (repeatable)")
+    parser.add_argument("--suite", action="append", metavar="NAME", help="only this suite (repeatable)")
+    parser.add_argument("--cuda", action="store_true", help="the suites that need CUDA devices, in place of the others")
     parser.add_argument("--only", metavar="REGEX", type=re.compile, help="only tests whose Suite.test matches")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="tests at the same time (default 1)")
     parser.add_argument("--timeout", metavar="S", type=float, default=120.0, help="seconds for one test (default 120)")
@@ -37,12 +39,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="F", type=Path, help="write all outcomes there")
     parser.add_argument("--logs", metavar="DIR", type=Path, default=Path("conformance-logs"), help="of failures (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the tests instead of running them")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.choices = CUDA_SUITES if arguments.cuda else SUITES
+    for suite in arguments.suite or ():
+        if suite not in arguments.choices:
+            parser.error(f"there is no suite {suite}, but {', '.join(arguments.choices)}")
+    return arguments
 
 
 def _select(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    tests = [(suite, test) for suite in arguments.suite or SUITES for test in test_names(suite)]
+    tests = [(suite, test) for suite in arguments.suite or arguments.choices for test in test_names(suite)]
     return [pair for pair in tests if arguments.only is None or arguments.only.search(".".join(pair))]
+
+
+def _has_cuda_devices() -> bool:
+    """Asked in a process of its own: CUDA cannot be used in a process that was forked from one that has looked at it."""
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    return int(subprocess.run(asked, check=True, capture_output=True, text=True).stdout) > 0
 
 
 def _run(arguments: argparse.Namespace, tests: list[tuple[str, str]]) -> Iterator[Outcome]:
@@ -62,12 +75,15 @@ def _run(arguments: argparse.Namespace, tests: list[tuple[str, str]]) -> Iterato
 
 
 def main() -> int:
-    """Run the chosen tests; 0 if every failure is a known one, 1 if not, 2 if no test was chosen."""
+    """Run the chosen tests; 0 if every failure is a known one, 1 if not, 2 if none was chosen or can run here."""
     arguments = _arguments()
     tests = _select(arguments)
     if arguments.list or not tests:
         print("\n".join(".".join(pair) for pair in tests) or "no test matches", flush=True)
         return 0 if tests else 2
+    if arguments.cuda and not _has_cuda_devices():
+        print(f"this machine has no CUDA device: {len(tests)} tests were not run", flush=True)
+        return 2
     if arguments.backend == "ZMQ":
         importlib.import_module("zmqagent.testing")  # Once, so that no rank has to.
         ZmqFixture.transport = arguments.transport

@@ -13,7 +13,7 @@ import torch.testing._internal.distributed.rpc_utils as rpc_utils
 
 from tests.conformance.fixtures import fixture_for
 
-__all__ = ["FAULTY_SUITES", "SUITES", "build", "starts_agents_everywhere", "test_names"]
+__all__ = ["CUDA_SUITES", "FAULTY_SUITES", "SUITES", "build", "starts_agents_everywhere", "test_names"]
 
 FAULTY_SUITES: dict[str, type] = {suite.__name__: suite for suite in rpc_utils.FAULTY_AGENT_TESTS}
 """Suites for an agent that fails or delays messages on demand."""
@@ -23,10 +23,19 @@ SUITES: dict[str, type] = {
 }
 """All suites that need no accelerator, in torch's order."""
 
+CUDA_SUITES: dict[str, type] = {
+    suite.__name__: suite for suite in (*rpc_utils.GENERIC_CUDA_TESTS, *rpc_utils.TENSORPIPE_CUDA_TESTS)
+}
+"""The suites that need CUDA devices. A test that needs more of them than there are is skipped."""
+
 
 def test_names(suite: str) -> list[str]:
     """The names of the suite's tests."""
-    return list(unittest.TestLoader().getTestCaseNames(SUITES[suite]))
+    return list(unittest.TestLoader().getTestCaseNames(_suite(suite)))
+
+
+def _suite(name: str) -> type:
+    return SUITES.get(name) or CUDA_SUITES[name]
 
 
 def build(backend: str, suite: str) -> type[unittest.TestCase]:
@@ -37,7 +46,7 @@ def build(backend: str, suite: str) -> type[unittest.TestCase]:
     """
     prefix = "".join(word.capitalize() for word in backend.split("_"))
     fixture = fixture_for(backend, faulty=suite in FAULTY_SUITES)
-    made: dict[str, Any] = rpc_utils.generate_tests(prefix, fixture, [SUITES[suite]], __name__)
+    made: dict[str, Any] = rpc_utils.generate_tests(prefix, fixture, [_suite(suite)], __name__)
     globals().update(made)
     (case,) = made.values()
     return case
@@ -45,7 +54,7 @@ def build(backend: str, suite: str) -> type[unittest.TestCase]:
 
 def starts_agents_everywhere(suite: str, test: str) -> bool:
     """Whether torch's `dist_init` decorator starts an agent on each rank of the test (the others start their own, or none)."""
-    function: Callable[..., Any] | None = getattr(SUITES[suite], test)
+    function: Callable[..., Any] | None = getattr(_suite(suite), test)
     while function is not None:
         code, closure = function.__code__, function.__closure__ or ()
         if "setup_rpc" in code.co_freevars:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 import unittest
 from pathlib import Path
 
 import pytest
 
-from tests.conformance import process, suites
+from tests.conformance import __main__, process, suites
 from tests.conformance.causes import Verdict, find_cause
 from tests.conformance.exclusions import KNOWN_FAILURES, NOT_APPLICABLE
 from tests.conformance.fixtures import BACKENDS
@@ -187,3 +188,14 @@ def test_every_exclusion_is_one_of_torchs_tests_and_stands_once() -> None:
 def test_no_more_than_45_tests_are_left_out_for_torchscript() -> None:
     reasons = NOT_APPLICABLE["ZMQ"].values()
     assert 0 < sum("TorchScript" in reason for reason in reasons) <= 45
+
+
+def test_the_suites_for_cuda_are_torchs_and_are_refused_where_there_is_no_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {suite for suite in suites.CUDA_SUITES if "Cuda" in suite} == set(suites.CUDA_SUITES)
+    assert not suites.CUDA_SUITES.keys() & suites.SUITES.keys()
+    monkeypatch.setattr(sys, "argv", ["conformance", "--backend", "ZMQ", "--cuda", "--only", "test_device_maps_gpu$"])
+    monkeypatch.setattr(__main__, "_has_cuda_devices", lambda: False)
+    assert __main__.main() == 2
+    assert capsys.readouterr().out == "this machine has no CUDA device: 1 tests were not run\n"
