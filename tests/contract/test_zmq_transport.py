@@ -25,6 +25,7 @@ from zmqagent.transport.base import PeerDown, PeerRecord, PeerSuspected, PeerUp,
 from zmqagent.transport.endpoints import MAX_IPC_PATH
 from zmqagent.transport.hosts import describe_self
 from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.wire.frames import DEFAULT_LIMITS
 from zmqagent.wire.types import WorkerId
 
 Make = Callable[[int], Worker]
@@ -454,3 +455,9 @@ def test_without_the_means_for_a_connection_one_send_fails_and_a_later_one_succe
             a.transport.send(WorkerId(1), [b"x"])
     a.transport.send(WorkerId(1), [b"y"])
     assert b.message() == [b"y"]
+
+
+def test_a_frame_larger_than_any_message_is_refused_by_its_head() -> None:
+    transport = ZmqTransport(ipc=True, tcp_host=None, incarnation=1)
+    assert transport._pull.getsockopt(zmq.MAXMSGSIZE) == DEFAULT_LIMITS.message_bytes
+    transport.close()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from tests.support.lone_worker import encode
 from zmqagent.wire.types import Message
 
 __all__ = ["Damage", "all_damages", "flip_bits", "label_of"]
@@ -24,11 +23,15 @@ _HUGE = 1 << 60
 _FIELDS, _TENSORS = 7, 10
 
 
+Encode = Callable[[Message], list[bytes]]
+"""Gives the frames of a message as its sender makes them."""
+
+
 class Damage(NamedTuple):
-    """One way to damage: ``apply(message, number)`` gives the frames of call ``number``."""
+    """One way to damage: ``apply(message, encode)`` gives the frames that arrive."""
 
     name: str
-    apply: Callable[[Message, int], list[bytes]]
+    apply: Callable[[Message, Encode], list[bytes]]
 
 
 def label_of(frames: list[bytes]) -> bytes:
@@ -41,17 +44,18 @@ def label_of(frames: list[bytes]) -> bytes:
     return frames[0][: unpacker.tell()]
 
 
-def all_damages(message: Message) -> list[Damage]:
+def all_damages(message: Message, encode: Encode) -> list[Damage]:
     """All that this module knows for messages like ``message``."""
-    return [*_cuts_and_growths(message), *_rewrites(message), *_other_contents(message)]
+    frames = encode(message)
+    return [*_cuts_and_growths(frames), *_rewrites(frames), *_other_contents(message)]
 
 
 def _of_frames(name: str, change: Callable[[list[bytes]], list[bytes]]) -> Damage:
-    return Damage(name, lambda message, number: change(encode(message, number)))
+    return Damage(name, lambda message, encode: change(encode(message)))
 
 
-def _cuts_and_growths(message: Message) -> Iterator[Damage]:
-    header, *body = encode(message, 0)
+def _cuts_and_growths(frames: list[bytes]) -> Iterator[Damage]:
+    header, *body = frames
     for size in range(len(header)):
         yield _of_frames(f"header cut to {size}", lambda frames, size=size: [frames[0][:size], *frames[1:]])
     yield _of_frames("header grown", lambda frames: [frames[0] + b"\0", *frames[1:]])
@@ -74,13 +78,13 @@ def _cuts_and_growths(message: Message) -> Iterator[Damage]:
             )
 
 
-def _rewrites(message: Message) -> Iterator[Damage]:
+def _rewrites(frames: list[bytes]) -> Iterator[Damage]:
     def rewritten(frames: list[bytes], place: int, value: Any) -> list[bytes]:
         content = list(msgpack.unpackb(frames[0], use_list=False))
         content[place] = value
         return [msgpack.packb(content), *frames[1:]]
 
-    content = msgpack.unpackb(encode(message, 0)[0], use_list=False)
+    content = msgpack.unpackb(frames[0], use_list=False)
     for place in range(len(content)):
         for value in (*_JUNK, {}, {"a": 1}, msgpack.ExtType(1, b"x"), [_HUGE], [[_HUGE] * 5]):
             # An array may be right where there is one.
@@ -109,13 +113,16 @@ def _with_raw(header: bytes, place: int, raw: bytes) -> bytes:
 
 def _other_contents(message: Message) -> Iterator[Damage]:
     def changed(name: str, **changes: Any) -> Damage:
-        return Damage(name, lambda message, number: encode(dataclasses.replace(message, **changes), number))
+        return Damage(name, lambda message, encode: encode(dataclasses.replace(message, **changes)))
 
     fields = message.fields
     yield changed("a field more", fields=(*fields, 1))
     yield changed("a thousand fields more", fields=(*fields, *range(1000)))
     for place, field in enumerate(fields):
         yield changed(f"field {place} missing", fields=(*fields[:place], *fields[place + 1 :]))
+        # What is wrong inside a wrapped answer is found by whoever unwraps it.
+        if type(field) is tuple and message.type.is_request:
+            yield changed(f"field {place} grown", fields=(*fields[:place], (*field, 1), *fields[place + 1 :]))
         for value in _JUNK:
             if type(value) is type(field) and not (type(value) is int and not 0 <= value < 1 << 63):
                 continue

@@ -10,14 +10,19 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import msgpack
 import pytest
+from torch.distributed.rpc import WorkerInfo
+from torch.distributed.rpc.internal import PythonUDF
+from torch.futures import Future
 
-from tests.support.damage import Damage, all_damages, flip_bits, label_of
+from tests.support.damage import all_damages, flip_bits, label_of
 from tests.support.lone_worker import ALICE, BOB, DEADLINE_S, LoneWorker, encode
-from tests.support.wire_samples import ANSWERS, GOOD_CALL, REQUESTS
+from tests.support.wire_samples import ANSWERS, CONTEXT, GOOD_CALL, REQUESTS
 from zmqagent.agent.base import Reply
 from zmqagent.agent.codec import Codec
 from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, UnreadableCallError
@@ -101,10 +106,10 @@ def test_the_samples_are_good() -> None:
 def test_who_sent_a_damaged_request_is_told_if_it_can_be_seen_who_that_is(alice: LoneWorker, kind: MessageType) -> None:
     message = REQUESTS[kind]
     refused = alice.refused()
-    damages = all_damages(message)
+    damages = all_damages(message, partial(encode, number=0))
     for damage in damages:
         number = alice.draw()
-        frames = damage.apply(message, number)
+        frames = damage.apply(message, partial(encode, number=number))
         alice.deliver(frames)
         if frames and frames[0].startswith(label_of(encode(message, number))) and kind is not GOODBYE:
             assert_refusal(alice.answer_to(number), damage)
@@ -112,12 +117,21 @@ def test_who_sent_a_damaged_request_is_told_if_it_can_be_seen_who_that_is(alice:
     assert alice.refused() == refused + len(damages)
 
 
-def assert_refusal(answer: Message, damage: Damage) -> None:
+def assert_refusal(answer: Message, damage: object) -> None:
     failure = parse(answer)
     assert isinstance(failure, Failure), (damage, failure)
     assert failure.code == ProtocolError.code, (damage, failure)
     assert failure.text.startswith("On WorkerInfo(id=0, name=alice): "), damage
     assert 50 < len(failure.text) < 1000, (damage, failure)
+
+
+@pytest.mark.parametrize("wrapper", [MessageType.FORWARD_AUTOGRAD_REQ, MessageType.RUN_WITH_PROFILING_REQ], ids=lambda k: k.name)
+@pytest.mark.parametrize("inner", [*MessageType, 0x1FE], ids=str)
+def test_what_is_no_call_is_refused_within_a_wrapper_too(alice: LoneWorker, wrapper: MessageType, inner: int) -> None:
+    fields = REQUESTS[wrapper].fields[:-2]
+    number = alice.draw()
+    alice.deliver(encode(Message(wrapper, (*fields, int(inner), ("neither", "nor"))), number))
+    assert_refusal(alice.answer_to(number), inner)
 
 
 # Pickles are looked at last, and by whoever needs the object.
@@ -209,10 +223,10 @@ def ask(alice: LoneWorker, request: Message) -> tuple[SimpleQueue[Reply], int]:
 def test_a_damaged_answer_ends_its_call_if_it_can_be_seen_which_that_is(alice: LoneWorker, kind: MessageType) -> None:
     request, answer = ANSWERS[kind]
     refused = alice.refused()
-    damages = all_damages(answer)
+    damages = all_damages(answer, partial(encode, number=0))
     for damage in damages:
         replies, number = ask(alice, request)
-        frames = damage.apply(answer, number)
+        frames = damage.apply(answer, partial(encode, number=number))
         alice.deliver(frames)
         if not (frames and frames[0].startswith(label_of(encode(answer, number)))):
             alice.deliver(encode(answer, number))
@@ -310,6 +324,55 @@ def test_a_bad_pickle_in_an_answer_is_what_the_future_raises(alice: LoneWorker) 
         complete(future, replies.get(timeout=DEADLINE_S))
         with pytest.raises(CalleeError, match="cannot unpickle what was sent"):
             future.wait()
+
+
+def call_bob(alice: LoneWorker) -> tuple[Future[Any], int]:
+    """Alice calls Bob as her user would."""
+    body = pickler.dumps(PythonUDF(str.upper, ("text",), {}))
+    future = alice.worker._invoker.rpc_python_udf(WorkerInfo("bob", BOB.worker_id), body.payload, body.tensors, 0.0, False)
+    return future, alice.sent().call_id
+
+
+@pytest.mark.parametrize(
+    ("context_id", "inner_type", "inner_fields", "text"),
+    [
+        (CONTEXT, MessageType.PYTHON_RET, ((),), f"of autograd context [0-9]+ names context {CONTEXT} as its own"),
+        (None, MessageType.PYTHON_RET, ((), 1), r"a PYTHON_RET message carries the fields \(tuple\)"),
+        (None, MessageType.SCRIPT_RET, (), "no command is defined for messages of type SCRIPT_RET"),
+        (None, MessageType.RREF_ACK, (), "a RREF_ACK message carries no tensors"),
+        (None, MessageType.PYTHON_CALL, (False,), "a call was answered by a PythonCall, which is no result"),
+    ],
+)
+def test_a_wrapped_answer_that_is_none_is_what_the_future_raises(
+    alice: LoneWorker, context_id: int | None, inner_type: MessageType, inner_fields: tuple[Any, ...], text: str
+) -> None:
+    contexts = alice.worker._contexts
+    lease = contexts.new_context()
+    future, number = call_bob(alice)
+    _, answer = ANSWERS[MessageType.FORWARD_AUTOGRAD_RESP]
+    fields = (lease._context_id() if context_id is None else context_id, 8, int(inner_type), inner_fields)
+    alice.deliver(encode(replace(answer, fields=fields), number))
+    with pytest.raises(ProtocolError, match=text):
+        future.wait()
+    contexts.release_context(lease._context_id())
+    cleanup = alice.sent()
+    assert cleanup.type is MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ
+    alice.deliver(encode(ANSWERS[MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP][1], cleanup.call_id))
+
+
+def test_the_answer_to_a_remote_call_names_its_own_rref(alice: LoneWorker) -> None:
+    body = pickler.dumps(PythonUDF(str.upper, ("text",), {}))
+    bob = WorkerInfo("bob", BOB.worker_id)
+    rref = alice.worker._invoker.remote_python_udf(bob, body.payload, body.tensors, 0.0, False)
+    _, answer = ANSWERS[MessageType.REMOTE_RET]
+    alice.deliver(encode(answer, alice.sent().call_id))
+    with pytest.raises(ProtocolError, match="a remote call was answered by a RemoteReturn, and not for its own RRef"):
+        rref._get_future().wait()
+    del rref
+    # It is unknown whether Bob holds the RRef.
+    delete = alice.sent()
+    assert delete.type is MessageType.RREF_USER_DELETE
+    alice.deliver(encode(ANSWERS[MessageType.RREF_ACK][1], delete.call_id))
 
 
 # Garbled.

@@ -97,6 +97,48 @@ def test_the_refusal_names_what_was_wanted_and_what_came() -> None:
         c.parse(Message(MessageType.RREF_CHILD_ACCEPT, ("x",)))
 
 
+WITH_PICKLE = (c.PythonCall, c.ScriptCall, c.Return, c.PythonRemoteCall, c.ScriptRemoteCall, c.Failure)
+WRAPPERS = (c.ForwardAutograd, c.RunWithProfiling, c.ProfiledReturn)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [command for command in COMMANDS if not isinstance(command, WITH_PICKLE + WRAPPERS)],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_body_is_refused_where_none_belongs(command: c.Command) -> None:
+    message = command.to_message()
+    with pytest.raises(
+        ProtocolError, match=f"a {message.type.name} message carries no pickle, and one of 4 bytes, with 0 buffers"
+    ):
+        c.parse(dataclasses.replace(message, payload=b"more"))
+    with pytest.raises(ProtocolError, match="and one of 0 bytes, with 1 buffers, arrived"):
+        c.parse(dataclasses.replace(message, buffers=(b"more",)))
+    if not isinstance(command, c.BackwardAutograd):
+        with pytest.raises(ProtocolError, match=f"a {message.type.name} message carries no tensors, and 2 arrived"):
+            c.parse(dataclasses.replace(message, tensors=("more", "still")))
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 63])
+def test_an_integer_out_of_range_is_refused(value: int) -> None:
+    with pytest.raises(ProtocolError, match=f"a BARRIER_RESP message go from 0 to [0-9]+, and {value} arrived"):
+        c.parse(Message(MessageType.BARRIER_RESP, (value,)))
+
+
+@pytest.mark.parametrize("fields", [(1 << 15, 0, 0, 0), (0, 0, 1 << 15, 0)])
+def test_an_id_that_no_worker_drew_is_refused(fields: tuple[int, ...]) -> None:
+    with pytest.raises(ProtocolError, match="an id of an RRef or a fork is a worker's, from 0 to 32767, and a number"):
+        c.parse(Message(MessageType.RREF_USER_DELETE, fields))
+
+
+@pytest.mark.parametrize(
+    "share", [5, (), (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5, 6), (-1, 1, 2, 3, 4, 5, ""), (0, 1, 2, 3, 4, 1 << 15, "")]
+)
+def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(ProtocolError, match=r"a share in an RRef is six integers|an id of an RRef or a fork is a worker's"):
+        c.parse(Message(MessageType.PYTHON_RET, ((share,),)))
+
+
 def test_a_type_without_a_command_is_refused() -> None:
     with pytest.raises(ProtocolError, match="no command is defined for messages of type UNKNOWN"):
         c.parse(Message(MessageType.UNKNOWN))

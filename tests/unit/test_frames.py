@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zmqagent.exceptions import InvalidTypeError, NotPicklableError, ProtocolError
-from zmqagent.wire.frames import VERSION, Envelope, Limits, decode, encode
+from zmqagent.wire.frames import VERSION, Envelope, Label, Limits, decode, encode, read_label
 from zmqagent.wire.types import MessageType, WorkerId
 
 INT63 = st.integers(0, 2**63 - 1)
@@ -150,6 +151,67 @@ def test_deep_nesting_raises_protocol_error(depth: int) -> None:
     # The fields are the first empty array of the header.
     with pytest.raises(ProtocolError):
         decode([frames[0].replace(b"\x90", nested, 1), *frames[1:]])
+
+
+@pytest.mark.parametrize("place", range(2, 11))
+@pytest.mark.parametrize("depth", [31, 600, 1020, 100_000])
+def test_deep_nesting_anywhere_raises_nothing_but_protocol_error(place: int, depth: int) -> None:
+    frames = encode(sample(tensors=(("f",),), tensor_buffers=[b"data"]))
+    content = [msgpack.packb(value) for value in msgpack.unpackb(frames[0])]
+    content[place] = b"\x91" * depth + b"\x90"
+    with contextlib.suppress(ProtocolError):
+        decode([b"\x9b" + b"".join(content), *frames[1:]])
+
+
+def test_a_header_whose_arrays_claim_much_takes_no_more_memory_than_a_few_times_its_size() -> None:
+    header = encode(sample())[0]
+    size = 1 << 20
+    # As many arrays as msgpack allows within each other, each of which claims to be as long as the header.
+    claims = b"".join(b"\xdd" + size.to_bytes(4, "big") for _ in range(900))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="no valid msgpack"):
+            decode([header[:-6] + claims + bytes(size), b"", b""])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * size
+
+
+def test_the_label_of_a_message_survives_whatever_follows_it() -> None:
+    frames = encode(sample(source=WorkerId(7), type=MessageType.PYTHON_RET))
+    wanted = Label(WorkerId(7), 2**62, 7, 5, MessageType.PYTHON_RET)
+    header = frames[0]
+    seen = [read_label([header[:size]]) for size in range(len(header) + 1)]
+    shortest = seen.index(wanted)
+    assert shortest < len(header) - 6
+    assert seen == [None] * shortest + [wanted] * (len(header) + 1 - shortest)
+    assert read_label([header[:shortest] + b"\xc1" * 1000, b"anything"]) == wanted
+
+
+def test_the_label_says_who_waits() -> None:
+    for kind, waits_for_answer, answers in (
+        (MessageType.PYTHON_CALL, True, False),
+        (MessageType.GOODBYE, False, False),
+        (MessageType.PYTHON_RET, False, True),
+        (0x1FE, True, False),
+        (0x2FE, False, True),
+        (0x0FE, False, False),
+    ):
+        label = Label(WorkerId(0), 1, 2, 3, kind)
+        assert (label.is_request, label.is_response) == (waits_for_answer, answers)
+
+
+@given(st.lists(st.binary(max_size=80), max_size=3) | ENVELOPES.map(encode), st.data())
+def test_reading_a_label_raises_nothing_and_gives_what_fits(frames: list[bytes], data: st.DataObject) -> None:
+    if frames and frames[0]:
+        damaged = bytearray(frames[0])
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(0, 255))
+        frames[0] = bytes(damaged)
+    label = read_label(frames)
+    if label is not None:
+        assert all(type(value) is int and 0 <= value < 1 << 63 for value in label)
+        assert label.source < 1 << 15
 
 
 def test_fields_may_nest_as_deep_as_the_limit_says() -> None:
