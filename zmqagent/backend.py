@@ -65,6 +65,7 @@ def register() -> None:
             "ProfilerConfig.__init__": _make_profiler_config,
             "_enable_profiler_legacy": _enable_profiler_legacy,
             "_disable_profiler_legacy": _disable_profiler_legacy,
+            "_enable_profiler": _enable_profiler,
             "_disable_profiler": _disable_profiler,
         }
     )
@@ -129,6 +130,11 @@ def _enable_profiler_legacy(config: Any) -> None:
 
 def _disable_profiler_legacy(*options: Any) -> Any:
     return recordings.left(torch_bindings.original("_disable_profiler_legacy")(*options))
+
+
+def _enable_profiler(*args: Any, **kwargs: Any) -> None:
+    torch_bindings.original("_enable_profiler")(*args, **kwargs)
+    trace_spans.entered()
 
 
 def _disable_profiler() -> Any:

@@ -99,6 +99,7 @@ FUNCTIONS: tuple[Seam, ...] = (
     Seam(_AUTOGRAD, "get_gradients"),
     Seam(_PROFILERS, "_disable_profiler"),
     Seam(_PROFILERS, "_disable_profiler_legacy"),
+    Seam(_PROFILERS, "_enable_profiler"),
     Seam(_PROFILERS, "_enable_profiler_legacy"),
     Seam(_API, "_enable_rpc_profiler"),
     Seam(_API, "_all_gather"),

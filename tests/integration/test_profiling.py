@@ -287,3 +287,41 @@ def test_under_kineto_calls_that_fail_leave_the_profiler_usable() -> None:
     failed, later = on_group(_failing_under_kineto)
     assert failed.startswith("rpc#fails(")
     assert later.startswith("rpc#doubled(")
+
+
+_has_called, _is_over = threading.Event(), threading.Event()
+
+
+def call_within_and_after(x: torch.Tensor) -> torch.Tensor:
+    x = rpc.rpc_sync("worker1", torch.add, args=(x, 1))
+    _has_called.set()
+    _is_over.wait()
+    for _ in range(20):
+        x = rpc.rpc_sync("worker1", torch.add, args=(x, 1))
+    return x
+
+
+def forked(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+    """The future of ``function(x)``, which ``torch.jit.fork`` runs on a thread that has this one's profiler."""
+    # The compiler takes no strings for types here.
+    function.__annotations__.update(x=torch.Tensor, **{"return": torch.Tensor})
+    called = torch.jit.ignore(function)
+
+    @torch.jit.script
+    def forks(x: torch.Tensor):  # type: ignore[no-untyped-def]
+        return torch.jit.fork(called, x)
+
+    return forks(x)
+
+
+def _forked_call_outlasting() -> tuple[float, list[str]]:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiled:
+        future = forked(call_within_and_after, torch.zeros(1))
+        _has_called.wait()
+    _is_over.set()
+    value = future.wait().item()
+    return value, [event.name for event in profiled.events() if event.name.startswith("rpc#")]
+
+
+def test_calls_of_a_forked_function_that_outlasts_the_trace_are_made_without_spans() -> None:
+    assert on_group(_forked_call_outlasting) == (21, [])

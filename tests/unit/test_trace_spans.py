@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import zmqagent.backend
 from zmqagent.rpc import trace_spans
+from zmqagent.rpc.trace_spans import TraceSpan
 from zmqagent.wire.types import Message, MessageType
 
 
@@ -23,6 +24,12 @@ def carrying(*tensors: Any, payload: bytes = b"", buffers: Any = ()) -> Message:
     return Message(MessageType.PYTHON_CALL, (), payload, buffers, tensors)
 
 
+def begun(name: str = "rpc#f(a -> b)", carried: int = 1) -> TraceSpan:
+    span = trace_spans.begin(name, carried)
+    assert span is not None
+    return span
+
+
 def event(profiled: Any, name: str) -> Any:
     (found,) = [event for event in profiled.events() if event.name == name]
     return found
@@ -30,7 +37,7 @@ def event(profiled: Any, name: str) -> Any:
 
 def test_a_span_lasts_until_another_thread_ends_it() -> None:
     with kineto() as profiled:
-        span = trace_spans.begin("rpc#f(a -> b)", 1)
+        span = begun()
         torch.ones(1)
         thread = threading.Thread(target=span.end)
         thread.start()
@@ -42,13 +49,13 @@ def test_a_span_lasts_until_another_thread_ends_it() -> None:
 
 def test_the_exact_size_is_an_input_if_shapes_are_recorded() -> None:
     with kineto(record_shapes=True) as profiled:
-        trace_spans.begin("rpc#f(a -> b)", 1_234_567).end()
+        begun(carried=1_234_567).end()
     assert event(profiled, "rpc#f(a -> b) 1.23 MB").concrete_inputs == [1_234_567]
 
 
 def test_a_span_whose_call_goes_on_ends_with_the_profile() -> None:
     with kineto() as profiled:
-        span = trace_spans.begin("rpc#f(a -> b)", 1)
+        span = begun()
     assert not trace_spans._open
     span.end()
     assert event(profiled, "rpc#f(a -> b) 1 B").time_range.elapsed_us() > 0
@@ -56,9 +63,25 @@ def test_a_span_whose_call_goes_on_ends_with_the_profile() -> None:
 
 def test_a_span_may_be_ended_twice() -> None:
     with kineto():
-        span = trace_spans.begin("rpc#f(a -> b)", 1)
+        span = begun()
         span.end()
         span.end()
+
+
+def test_no_span_begins_on_another_thread_than_the_one_that_profiles() -> None:
+    spans: list[TraceSpan | None] = []
+    with kineto():
+        thread = threading.Thread(target=lambda: spans.append(trace_spans.begin("rpc#f(a -> b)", 1)))
+        thread.start()
+        thread.join()
+        begun().end()
+    assert spans == [None]
+
+
+def test_no_span_begins_after_the_profile() -> None:
+    with kineto():
+        pass
+    assert trace_spans.begin("rpc#f(a -> b)", 1) is None
 
 
 @pytest.mark.parametrize(
