@@ -12,8 +12,9 @@ import pytest
 from zmqagent.agent.base import Reply, Respond
 from zmqagent.agent.codec import Codec
 from zmqagent.agent.detour import Deliver, Detour
-from zmqagent.agent.exchange import Exchange, is_request
+from zmqagent.agent.exchange import Exchange
 from zmqagent.agent.executor import Executor, Task
+from zmqagent.agent.serving import is_request
 from zmqagent.exceptions import (
     ProtocolError,
     RpcTimeoutError,
@@ -108,13 +109,13 @@ def side() -> Iterator[Side]:
 
 def test_the_answer_completes_its_call_and_a_second_one_is_counted(side: Side) -> None:
     side.ask()
-    assert side.exchange.active() == (1, 0)
+    assert side.exchange.activity.active() == (1, 0)
     task = side.take_in(Return(Pickled(b"1")).to_message(), 0)
     assert task is not None
     assert not is_request(task)
     task()
     assert isinstance(side.replies.get_nowait(), Return)
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
     late = side.take_in(Return(Pickled(b"2")).to_message(), 0)
     assert side.exchange.dropped()["agent.late_replies"] == 1
     assert late is not None
@@ -192,7 +193,7 @@ def test_an_answer_that_cannot_travel_is_replaced_by_the_reason_and_its_sender_k
         task()
         assert side.responds[number](message) is (number == 0)
     assert [decode(frames).type for frames in side.transport.sent] == [MessageType.PYTHON_RET, MessageType.EXCEPTION]
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
 
 
 def test_a_call_that_cannot_be_sent_raises_and_its_callback_never_runs(side: Side) -> None:
@@ -202,7 +203,7 @@ def test_a_call_that_cannot_be_sent_raises_and_its_callback_never_runs(side: Sid
     side.transport.on_send = refuse
     with pytest.raises(UnknownWorkerError):
         side.ask()
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
     side.exchange.close(ShutdownError("the end"))
     assert side.replies.empty()
 
@@ -216,7 +217,7 @@ def test_an_idempotent_call_whose_first_try_fails_is_tried_again_in_time(side: S
 
     side.transport.on_send = refuse
     side.ask(DELETE, retry=True)
-    assert side.exchange.active() == (1, 0)
+    assert side.exchange.activity.active() == (1, 0)
     with pytest.raises(SendFailedError):
         side.ask(CALL)
     side.transport.on_send = None
@@ -239,7 +240,7 @@ def test_a_call_whose_worker_is_lost_while_it_is_sent_fails_once(side: Side) -> 
     side.run()
     assert isinstance(side.replies.get_nowait(), WorkerLostError)
     assert side.replies.empty()
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
 
 
 def test_an_interrupt_while_a_call_is_sent_is_raised_though_the_call_has_failed(side: Side) -> None:
@@ -255,7 +256,7 @@ def test_an_interrupt_while_a_call_is_sent_is_raised_though_the_call_has_failed(
 def test_only_the_calls_to_the_lost_worker_fail(side: Side) -> None:
     side.ask()
     side.exchange.worker_lost(WorkerId(7), WorkerLostError("somebody else"))
-    assert side.exchange.active() == (1, 0)
+    assert side.exchange.activity.active() == (1, 0)
 
 
 def test_closing_fails_the_calls_under_way_and_every_later_one(side: Side) -> None:
@@ -291,7 +292,7 @@ def test_an_idempotent_call_is_sent_again_as_it_was(side: Side, monkeypatch: pyt
     side.transport.on_send = refuse
     now += 1.5
     assert side.exchange.tick() == []
-    assert side.exchange.active() == (1, 0)
+    assert side.exchange.activity.active() == (1, 0)
 
 
 def test_whoever_receives_is_woken_only_for_a_deadline_that_comes_before_it_looks_up(side: Side) -> None:
@@ -327,19 +328,23 @@ def test_requests_that_wait_for_something_are_counted(side: Side) -> None:
     task = side.take_in(CALL, 0)
     assert task is not None
     task()
-    assert (side.exchange.active(), side.exchange.active_async(), side.exchange.busy()) == ((0, 1), 1, 0)
+    assert (side.exchange.activity.active(), side.exchange.activity.active_async(), side.exchange.activity.busy()) == (
+        (0, 1),
+        1,
+        0,
+    )
     side.responds[0](Ack().to_message())
-    assert (side.exchange.active(), side.exchange.active_async()) == ((0, 0), 0)
+    assert (side.exchange.activity.active(), side.exchange.activity.active_async()) == ((0, 0), 0)
 
 
 def test_who_waits_at_a_barrier_or_says_goodbye_is_idle(side: Side) -> None:
     side.ask(Barrier("tag", 0).to_message())
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
     task = side.take_in(Goodbye("done").to_message(), 0)
     assert task is not None
     task()
-    assert side.exchange.active() == (0, 0)
-    assert side.exchange.wait_until_idle(0.0)
+    assert side.exchange.activity.active() == (0, 0)
+    assert side.exchange.activity.wait_until_idle(0.0)
 
 
 def test_an_answer_to_a_caller_that_is_gone_is_let_go(side: Side) -> None:
@@ -352,13 +357,13 @@ def test_an_answer_to_a_caller_that_is_gone_is_let_go(side: Side) -> None:
 
     side.transport.on_send = refuse
     side.responds[0](Ack().to_message())
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
 
 
 def test_a_notice_has_a_number_of_its_own_and_no_answer(side: Side) -> None:
     side.exchange.notify(BOB, Goodbye("done").to_message())
     assert len(side.transport.sent) == 1
-    assert side.exchange.active() == (0, 0)
+    assert side.exchange.activity.active() == (0, 0)
 
 
 class Bend:

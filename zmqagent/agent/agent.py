@@ -28,13 +28,14 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestC
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.device_routes import DeviceRoutes
 from zmqagent.agent.devices import DeviceMap, Target
-from zmqagent.agent.exchange import Exchange, is_request
+from zmqagent.agent.exchange import Exchange
 from zmqagent.agent.executor import REPORT_EVERY, Executor, Task
 from zmqagent.agent.farewell import Farewell
 from zmqagent.agent.group import Group
 from zmqagent.agent.interrupts import InterruptWatch
 from zmqagent.agent.membership_events import Member, MemberState, SendAnnouncement, WorkerCame, WorkerGone
 from zmqagent.agent.news import News
+from zmqagent.agent.serving import is_request
 from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord, Received, Transport
@@ -269,13 +270,13 @@ class ZmqRpcAgent:
 
     def get_metrics(self) -> dict[str, str]:
         """torch's metrics of an agent, and how many messages came late, twice, or such that they could not be read."""
-        client, server = self._exchange.active()
+        client, server = self._exchange.activity.active()
         metrics = {
             "agent.thread_pool_size": self._executor.size,
             "agent.num_idle_threads": self._executor.num_idle(),
             "agent.client_active_calls": client,
             "agent.server_active_calls": server,
-            "agent.server_active_async_calls": self._exchange.active_async(),
+            "agent.server_active_async_calls": self._exchange.activity.active_async(),
             **self._exchange.dropped(),
             **self._exchange.gil.metrics(),
         }
@@ -317,17 +318,17 @@ class ZmqRpcAgent:
         if self._admission is not None:
             if shutdown:
                 self.refuse_calls()
-            if not self._wait(partial(self._exchange.wait_until_idle, serving=shutdown), deadline):
+            if not self._wait(partial(self._exchange.activity.wait_until_idle, serving=shutdown), deadline):
                 raise self._busy(timeout)
             if shutdown:
                 self._admission.leave(deadline)
             return
         self._joins += 1
         for turn in itertools.count():
-            if not self._wait(self._exchange.wait_until_idle, deadline) or (turn and time.monotonic() > deadline):
+            if not self._wait(self._exchange.activity.wait_until_idle, deadline) or (turn and time.monotonic() > deadline):
                 raise self._busy(timeout)
             # A call that another worker makes may bring forth new ones here: only a round in which nobody had any ends it.
-            if self._barriers.wait(f"join/{self._joins}/{turn}", self._exchange.busy(), deadline) == 0:
+            if self._barriers.wait(f"join/{self._joins}/{turn}", self._exchange.activity.busy(), deadline) == 0:
                 break
             time.sleep(_JOIN_PAUSE)
         if shutdown:
@@ -340,14 +341,14 @@ class ZmqRpcAgent:
         while not wait(min(REPORT_EVERY, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False
-            client, server = self._exchange.active()
+            client, server = self._exchange.activity.active()
             if client or server:
                 calls = f"{client} of its own calls and {server} that it serves are under way"
                 _logger.warning("worker %s waits for the group: %s. %s", self._me.name, calls, self._executor.report())
         return True
 
     def _busy(self, timeout: float) -> RpcTimeoutError:
-        client, server = self._exchange.active()
+        client, server = self._exchange.activity.active()
         return RpcTimeoutError(
             f"worker {self._me.name} waited {timeout:g} s for its calls to end, and {client} of its own and {server} that it "
             "serves are still under way"

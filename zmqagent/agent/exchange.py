@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from zmqagent.agent.activity import Activity, weight
 from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
@@ -26,13 +27,14 @@ from zmqagent.agent.executor import Executor, Task
 from zmqagent.agent.gil import GilProfiler
 from zmqagent.agent.refusals import Refusals
 from zmqagent.agent.served import Served
+from zmqagent.agent.serving import Answer, Serving, is_request
 from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, SendFailedError, ShutdownError, UnreadableCallError
 from zmqagent.transport.base import PeerRecord, Transport
 from zmqagent.wire.commands import Failure
 from zmqagent.wire.frames import Envelope, Label, decode, read_label
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
-__all__ = ["Exchange", "is_request"]
+__all__ = ["Exchange"]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,9 +51,6 @@ _IDEMPOTENT = frozenset(
     }
 )
 """Served again when they come again, since it may have been the answer that was lost."""
-
-_UNCOUNTED = frozenset({MessageType.BARRIER_REQ, MessageType.GOODBYE, MessageType.JOIN_REQ, MessageType.LEAVE_REQ})
-"""No calls: whoever waits at a barrier is idle."""
 
 _FROM_ANYBODY = frozenset({MessageType.JOIN_REQ, MessageType.LEAVE_REQ})
 """Taken in though the sender is no member: it wants to become one, or is none any more before that was heard."""
@@ -109,11 +108,7 @@ class Exchange:
         self._served_lock = threading.Lock()
         self._served = Served()
         self.refusals = Refusals(me.name)
-        # Counts calls whose callbacks have not returned, and requests that have not been answered. Notified when one ends.
-        self._activity = threading.Condition()
-        self._client_active = 0
-        self._server_active = 0
-        self._server_deferred = 0
+        self.activity = Activity()
 
     def start(self, executor: Executor) -> None:
         """From now on tasks that do not come from receiving are given to ``executor``."""
@@ -137,7 +132,7 @@ class Exchange:
         to = peer.worker_id
         call_id = (to, next(self._numbers[to]))
         frames = self._codec.encode(message, call_id[1], peer.incarnation, target)
-        counted = int(message.type not in _UNCOUNTED)
+        counted = weight(message.type)
         now = time.monotonic()
         with self._lock:
             if self._closed_for is not None:
@@ -145,7 +140,7 @@ class Exchange:
             self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted, message.type)
             is_earlier = self._calls.next_deadline() < self._looks_up_at
-        self._count_client(counted)
+        self.activity.count_client(counted)
         try:
             self._send(to, frames)
         except BaseException as error:
@@ -185,7 +180,7 @@ class Exchange:
             withdrawn = self._waiting.pop(call_id, None)
         if withdrawn is None:
             return False
-        self._count_client(-withdrawn.counted)
+        self.activity.count_client(-withdrawn.counted)
         return True
 
     # The machine's instructions.
@@ -272,7 +267,7 @@ class Exchange:
             is_new = self._served.admit(envelope.source, envelope.source_incarnation, envelope.call_id)
         if not is_new and envelope.type not in _IDEMPOTENT:
             return None
-        return _Serving(self, envelope)
+        return Serving(self._serve_one, envelope)
 
     def _is_meant(self, message: Envelope | Label, accepts: Callable[[WorkerId, int], bool] | None) -> bool:
         """Whether sender and receiver of a message are who they were when it was sent."""
@@ -300,7 +295,7 @@ class Exchange:
         return None
 
     def _answer_refused(self, label: Label, error: ProtocolError) -> None:
-        self.answer(label, self.failure(error))
+        self._answer(label, self.failure(error))
 
     def forget(self, source: WorkerId, incarnation: int) -> None:
         """Nothing more comes from this incarnation."""
@@ -339,28 +334,27 @@ class Exchange:
             # A defect of the layer above, which must not keep others from their answers.
             _logger.exception("a callback of worker %s failed", self._me.name)
         finally:
-            self._count_client(-waiting.counted)
+            self.activity.count_client(-waiting.counted)
 
     # Requests of others.
 
-    def serve(self, envelope: Envelope) -> None:
-        """Serves one request: the task that `take_in` returns for it."""
+    def _serve_one(self, envelope: Envelope) -> None:
         if self.gil.is_enabled:
             self.gil.sample()
-        respond = _Respond(self, envelope)
+        answer = Answer(envelope, self._answer, self.activity)
         try:
-            self._serve(envelope.source, self._codec.message(envelope), respond)
+            self._serve(envelope.source, self._codec.message(envelope), answer)
         except RpcError as error:
             if isinstance(error, (ProtocolError, UnreadableCallError)):
                 self.refusals.note(f"refused a {envelope.type.name} of worker {envelope.source}: {error}")
-            respond.fail(error)
+            answer.fail(self.failure(error))
         except BaseException as error:
             # SystemExit too: whoever asked waits for an answer, whatever was raised.
             _logger.exception("worker %s failed to serve a %s", self._me.name, envelope.type.name)
-            respond.fail(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}"))
-        respond.defer()
+            answer.fail(self.failure(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}")))
+        answer.defer()
 
-    def answer(self, request: Envelope | Label, message: Message) -> bool:
+    def _answer(self, request: Envelope | Label, message: Message) -> bool:
         """Sends the answer to ``request``; False if it cannot be encoded, and a `Failure` went in its place."""
         to, incarnation, number = request.source, request.source_incarnation, request.call_id
         encoded = True
@@ -384,42 +378,6 @@ class Exchange:
         text = f"On WorkerInfo(id={self._me.worker_id}, name={self._me.name}): {error}"
         return Failure(error.code, type(error).__qualname__, text).to_message()
 
-    # Counts.
-
-    def active_async(self) -> int:
-        """How many of the requests under way wait for something other than their handler, such as a future."""
-        with self._activity:
-            return self._server_deferred
-
-    def active(self) -> tuple[int, int]:
-        """How many calls of this worker, and how many requests of others, are under way."""
-        with self._activity:
-            return self._client_active, self._server_active
-
-    def busy(self) -> int:
-        """How many calls of this worker, and handlers of requests, are under way. A request that waits for something else is left
-        out: as long as anybody waits for its answer, it is a call of that worker; and if nobody does, it may never end."""
-        with self._activity:
-            return self._client_active + self._server_active - self._server_deferred
-
-    def wait_until_idle(self, timeout: float, *, serving: bool = False) -> bool:
-        """Waits, for at most ``timeout`` seconds, until no call of this worker is under way and, if it is ``serving``, none of
-        others here either; says whether that is so."""
-        with self._activity:
-            return self._activity.wait_for(lambda: not (self._client_active or (serving and self._server_active)), timeout)
-
-    def _count_client(self, change: int) -> None:
-        with self._activity:
-            self._client_active += change
-            self._activity.notify_all()
-
-    def count_server(self, active: int, deferred: int) -> None:
-        """Changes the number of requests under way, and of those among them whose handler has returned."""
-        with self._activity:
-            self._server_active += active
-            self._server_deferred += deferred
-            self._activity.notify_all()
-
     def dropped(self) -> Mapping[str, int]:
         """How many answers came too late, how many requests came twice, and how many messages could not be read."""
         return {
@@ -427,63 +385,3 @@ class Exchange:
             "agent.duplicate_requests": self._served.duplicates,
             "agent.refused_messages": self.refusals.total,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class _Serving:
-    """The task of serving one request; told apart from completions, since it is dropped when the worker shuts down."""
-
-    exchange: Exchange
-    envelope: Envelope
-
-    def __call__(self) -> None:
-        self.exchange.serve(self.envelope)
-
-
-class _Respond:
-    """Answers one request, once."""
-
-    def __init__(self, exchange: Exchange, request: Envelope) -> None:
-        self._exchange = exchange
-        self._request = request
-        self._counted = int(request.type not in _UNCOUNTED)
-        # Protects the two flags: the handler's thread may return while another one answers.
-        self._lock = threading.Lock()
-        self._is_answered = False
-        self._is_deferred = False
-        exchange.count_server(self._counted, 0)
-
-    def __call__(self, message: Message) -> bool:
-        if not self._claim():
-            raise ProtocolError(f"call {self._request.call_id} of worker {self._request.source} was answered twice")
-        return self._answer(message)
-
-    def fail(self, error: RpcError) -> None:
-        """Answers with ``error``, unless the request was answered before it was raised, or nobody waits for an answer."""
-        if self._claim() and self._request.type is not MessageType.GOODBYE:
-            self._answer(self._exchange.failure(error))
-
-    def defer(self) -> None:
-        """The handler has returned; if it has not answered, something else will."""
-        with self._lock:
-            self._is_deferred = not self._is_answered
-            if self._is_deferred:
-                self._exchange.count_server(0, self._counted)
-
-    def _claim(self) -> bool:
-        """Whether the caller of this is the one to answer."""
-        with self._lock:
-            is_first = not self._is_answered
-            self._is_answered = True
-        return is_first
-
-    def _answer(self, message: Message) -> bool:
-        try:
-            return self._exchange.answer(self._request, message)
-        finally:
-            self._exchange.count_server(-self._counted, -self._counted if self._is_deferred else 0)
-
-
-def is_request(task: Task) -> bool:
-    """Whether a task is the serving of a request that has not begun; what else `Exchange` makes is owed to callers here."""
-    return isinstance(task, _Serving)
