@@ -328,13 +328,10 @@ def test_requests_that_wait_for_something_are_counted(side: Side) -> None:
     task = side.take_in(CALL, 0)
     assert task is not None
     task()
-    assert (side.exchange.activity.active(), side.exchange.activity.active_async(), side.exchange.activity.busy()) == (
-        (0, 1),
-        1,
-        0,
-    )
+    activity = side.exchange.activity
+    assert (activity.active(), activity.active_async(), activity.busy()) == ((0, 1), 1, 0)
     side.responds[0](Ack().to_message())
-    assert (side.exchange.activity.active(), side.exchange.activity.active_async()) == ((0, 0), 0)
+    assert (activity.active(), activity.active_async(), activity.busy()) == ((0, 0), 0, 0)
 
 
 def test_who_waits_at_a_barrier_or_says_goodbye_is_idle(side: Side) -> None:
