@@ -113,6 +113,67 @@ def test_gradients_flow_through_scripts_that_call_remote_modules() -> None:
     assert on_group(_train) == [[15.0, 15.0], [5.0, 5.0]]
 
 
+def _fail_there() -> dict[str, str]:
+    compiled, short = torch.jit.script(remote_scale()), torch.ones(3)
+    calls = {
+        "sync": lambda: compiled(short, 2),
+        "async": lambda: compiled.forward_async(short, 2).wait(),
+        "in a script": lambda: use(compiled, short),
+        "in a script, later": lambda: use_later(compiled, short),
+    }
+    texts = {}
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        texts[name] = str(caught.value)
+    return texts
+
+
+def test_what_a_remote_module_raises_reaches_who_calls_the_compiled_one_in_any_way() -> None:
+    for name, text in on_group(_fail_there).items():
+        assert "On WorkerInfo(id=1, name=worker1)" in text, name
+        assert "The size of tensor a (2) must match the size of tensor b (3)" in text, name
+
+
+_leaf: Any = None
+
+
+def _ask_on(x: Tensor) -> Tensor:
+    scaled: Tensor = _leaf.forward_async(x, 2).wait()[0]
+    return scaled
+
+
+@torch.jit.ignore
+def ask_back(x: Tensor) -> Tensor:
+    found: Tensor = rpc.rpc_sync("worker0", _ask_on, args=(x,))
+    return found
+
+
+class AskBack(nn.Module):
+    """Its answer takes another call, by the worker that asks."""
+
+    def forward(self, x: Tensor, by: int) -> tuple[Tensor, int]:
+        return ask_back(x), by
+
+
+def _nest() -> list[list[float]]:
+    global _leaf
+    _leaf = torch.jit.script(remote_scale())
+    asking = torch.jit.script(_RemoteModule("worker1/cpu", AskBack, _module_interface_cls=Scaling))
+    # As many as there are threads for forks. If each held one, none would be left for the calls inside.
+    outer = [asking.forward_async(torch.ones(2), 2) for _ in range(torch.get_num_interop_threads())]
+    try:
+        return [future.wait()[0].tolist() for future in outer]
+    finally:
+        _leaf = None
+
+
+def test_calls_inside_calls_end_however_many_are_under_way() -> None:
+    found = on_group(_nest)
+    assert found == [[6.0, 6.0]] * len(found)
+    assert found
+
+
 def _misuse() -> str:
     with pytest.raises(ScriptError, match="without a module interface cannot be compiled"):
         torch.jit.script(RemoteModule("worker1/cpu", Scale))

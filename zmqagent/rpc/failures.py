@@ -22,7 +22,17 @@ from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError,
 from zmqagent.rpc import pickler
 from zmqagent.wire.commands import Failure, Pickled
 
-__all__ = ["Failed", "describe_error", "describe_exception", "describe_kept", "new_future", "raising", "rebuild", "untraced"]
+__all__ = [
+    "Failed",
+    "describe_error",
+    "describe_exception",
+    "describe_kept",
+    "new_future",
+    "raising",
+    "rebuild",
+    "untraced",
+    "unwrapped",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -143,15 +153,16 @@ def _again(error: RpcError) -> RpcError:
     return fresh
 
 
-def _unwrap(value: Any) -> None:
-    """Runs at each ``wait`` and ``value`` of a future (torch's hook for it)."""
+def unwrapped(value: Any) -> Any:
+    """``value`` of a future, unless that is a `Failed`: raises its error. Runs at each ``wait`` and ``value`` (torch's hook)."""
     if isinstance(value, Failed):
         raise value.make()
+    return value
 
 
 def raising(future: Future[Any]) -> Future[Any]:
     """``future``, so that a `Failed` as its result makes ``wait`` raise."""
-    future._set_unwrap_func(_unwrap)
+    future._set_unwrap_func(unwrapped)
     return future
 
 

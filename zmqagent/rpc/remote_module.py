@@ -61,6 +61,7 @@ from typing import *
 import torch
 from torch import Tensor
 from torch.futures import Future
+from zmqagent.rpc.failures import unwrapped
 
 
 @torch.jit.ignore
@@ -69,13 +70,18 @@ def _forward(held: Future[Any], {arguments}) -> {result}:
 
 
 @torch.jit.ignore
-def _begin(held: Future[Any], {arguments}) -> Future[{result}]:
+def _begin(held: Future[Any], {arguments}) -> Future[Any]:
     return held.wait().forward_async({names})
 
 
 @torch.jit.ignore
-def _finish(future: Future[{result}]) -> {result}:
-    return future.wait()
+def _typed(value: Any) -> {result}:
+    return unwrapped(value)
+
+
+def _finish(future: Future[Any]) -> {result}:
+    # A wait in TorchScript suspends the fork. One in Python would hold a thread that the end of the call may depend on.
+    return _typed(future.wait())
 
 
 class ScriptableRemoteModule(torch.nn.Module):
