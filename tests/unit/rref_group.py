@@ -19,7 +19,9 @@ from zmqagent.rref.rref import OwnerRRef, RRef
 from zmqagent.wire.commands import Ack, Failure, RRefChildAccept, RRefForkRequest, RRefUserDelete, parse
 from zmqagent.wire.types import Message, RRefId, WorkerId
 
-__all__ = ["Calls", "Group", "Member", "dumps", "loads"]
+__all__ = ["EMPTY", "Calls", "Group", "Member", "counts", "dumps", "fetched", "loads"]
+
+EMPTY = {"num_owner_rrefs": "0", "num_pending_futures": "0", "num_pending_users": "0", "num_forks": "0"}
 
 
 def dumps(context: RRefContext, obj: Any) -> tuple[bytes, Any]:
@@ -166,3 +168,21 @@ class Group:
     def close(self) -> None:
         for member in self.members.values():
             member.context.close()
+
+
+def counts(group: Group, worker: int) -> tuple[int, int, int, int]:
+    """Owners, forks, pending users and unanswered control messages."""
+    info = group[worker].context.debug_info()
+    keys = ("num_owner_rrefs", "num_forks", "num_pending_users", "num_pending_futures")
+    return tuple(int(info[key]) for key in keys)  # type: ignore[return-value]
+
+
+def fetched(context: RRefContext, rref_id: RRefId) -> list[Any]:
+    """Asks for a value; the list gets what comes of it."""
+    results: list[Any] = []
+
+    def ready(owner: OwnerRRef | None, error: BaseException | None) -> None:
+        results.append(error if error is not None or owner is None else owner.value())
+
+    context.when_owner_ready(rref_id, ready)
+    return results
