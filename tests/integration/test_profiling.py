@@ -45,6 +45,19 @@ def script_doubled(x: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, 2)
 
 
+def forked(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
+    """The future of ``function(x)``, which ``torch.jit.fork`` runs on a thread that has this one's profiler."""
+    # The compiler takes no strings for types here.
+    function.__annotations__.update(x=torch.Tensor, **{"return": torch.Tensor})
+    called = torch.jit.ignore(function)
+
+    @torch.jit.script
+    def forks(x: torch.Tensor):  # type: ignore[no-untyped-def]
+        return torch.jit.fork(called, x)
+
+    return forks(x)
+
+
 def shown(profiled: Any) -> dict[str, Any]:
     return {event.name: event for event in profiled.function_events}
 
@@ -170,6 +183,21 @@ def _ended_by_hand() -> str:
 
 def test_a_future_that_ends_a_users_own_event_raises_as_the_calls() -> None:
     assert "it failed" in on_group(_ended_by_hand)
+
+
+def call_within(x: torch.Tensor) -> torch.Tensor:
+    return doubled_by("worker1", x)
+
+
+def _forked_call() -> list[str]:
+    with profile() as profiled:
+        forked(call_within, torch.zeros(1)).wait()
+    return list(shown(profiled))
+
+
+def test_calls_of_a_forked_function_are_shown() -> None:
+    call = "rpc_sync#doubled(worker0 -> worker1)"
+    assert {call, f"{call}#remote_op: aten::mul"} <= set(on_group(_forked_call))
 
 
 def _in_a_context() -> list[str]:
@@ -299,19 +327,6 @@ def call_within_and_after(x: torch.Tensor) -> torch.Tensor:
     for _ in range(20):
         x = rpc.rpc_sync("worker1", torch.add, args=(x, 1))
     return x
-
-
-def forked(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Any:
-    """The future of ``function(x)``, which ``torch.jit.fork`` runs on a thread that has this one's profiler."""
-    # The compiler takes no strings for types here.
-    function.__annotations__.update(x=torch.Tensor, **{"return": torch.Tensor})
-    called = torch.jit.ignore(function)
-
-    @torch.jit.script
-    def forks(x: torch.Tensor):  # type: ignore[no-untyped-def]
-        return torch.jit.fork(called, x)
-
-    return forks(x)
 
 
 def _forked_call_outlasting() -> tuple[float, list[str]]:

@@ -14,6 +14,7 @@ from torch.autograd.profiler_legacy import _parse_legacy_records, profile
 from torch.distributed.rpc.internal import RPCExecMode
 
 import zmqagent.backend
+from zmqagent import torch_bindings
 from zmqagent.agent.base import Reply
 from zmqagent.exceptions import CalleeError, NotInitializedError, ProtocolError
 from zmqagent.rpc.profile_records import Record, Values, pack, unpack
@@ -111,6 +112,15 @@ def test_a_call_that_is_not_sent_is_shown_until_then(profiler: RpcProfiler) -> N
         call.begin(CALL, lambda reply: None)
         call.abandon()
     assert names(profiled) == ["rpc_sync#len(a -> b)"]
+
+
+def test_a_call_whose_profile_nobody_knows_is_sent_as_it_is(profiler: RpcProfiler) -> None:
+    torch_bindings.original("_enable_profiler_legacy")(Flags(0).config())
+    with profiler.profiled_call(True, None, len, RPCExecMode.SYNC, PEER) as scope:
+        assert current_call() is None
+        future: torch.futures.Future[int] = torch.futures.Future()
+        assert scope._call_end_callbacks_on_future(future) is future
+    torch_bindings.original("_disable_profiler_legacy")()
 
 
 @pytest.mark.parametrize(("mode", "is_shown"), [(RPCExecMode.ASYNC, True), (RPCExecMode.SYNC, False)])

@@ -15,7 +15,7 @@ from torch.autograd.profiler_legacy import profile
 import zmqagent.backend
 from zmqagent.rpc import recordings
 from zmqagent.rpc.profile_records import Record, Values
-from zmqagent.rpc.recordings import CallSpan, Flags, Profile, current_profile, flags_of
+from zmqagent.rpc.recordings import CallSpan, Flags, Profile, flags_of
 from zmqagent.wire.types import WorkerId
 
 NODE = WorkerId(4)
@@ -44,7 +44,9 @@ def pushed(records: list[list[Record]]) -> list[str]:
 
 
 def span(name: str = "rpc_sync#f(a -> b)") -> CallSpan:
-    return CallSpan(name, NODE, time.time_ns())
+    begun = CallSpan.begin(name, NODE, time.time_ns())
+    assert begun is not None
+    return begun
 
 
 @pytest.mark.parametrize("flag", [*Flags, Flags(0), Flags.SHAPES | Flags.STACK])
@@ -101,13 +103,44 @@ def test_a_call_that_ends_after_the_profile_is_dropped() -> None:
     assert not [name for name in names(later) if "rpc" in name]
 
 
+def test_a_call_of_a_thread_that_got_its_profiler_from_another_is_shown() -> None:
+    with profile() as profiled:
+        on_thread(lambda: span().end(time.time_ns(), REMOTE))
+    assert {"rpc_sync#f(a -> b)", "rpc_sync#f(a -> b)#remote_op: aten::add"} <= set(names(profiled))
+
+
+def test_of_two_profiles_neither_shows_a_call_that_may_be_of_either() -> None:
+    spans: list[CallSpan | None] = []
+
+    def call() -> None:
+        with profile():
+            on_thread(lambda: spans.append(CallSpan.begin("rpc_sync#f(a -> b)", NODE, time.time_ns())))
+
+    with profile():
+        on_thread(call)
+    assert spans == [None]
+
+
+def test_a_call_is_not_shown_if_the_profile_of_its_thread_is_over() -> None:
+    with profile():
+        pass
+    assert CallSpan.begin("rpc_sync#f(a -> b)", NODE, time.time_ns()) is None
+
+
+def test_a_thread_that_ends_takes_its_open_profile_along() -> None:
+    on_thread(lambda: _enable_profiler_legacy(Flags(0).config()))
+    with profile() as profiled:
+        on_thread(lambda: span().end(time.time_ns(), REMOTE))
+    assert "rpc_sync#f(a -> b)" in names(profiled)
+
+
 def test_what_another_thread_does_for_a_profile_is_shown() -> None:
     def callback(of: Profile) -> None:
         with of.recording():
             torch.ones(1)
 
     with profile() as profiled:
-        of = current_profile()
+        of = span().profile
         on_thread(lambda: callback(of))
     assert names(profiled).count("aten::ones") == 1
 

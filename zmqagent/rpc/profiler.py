@@ -27,7 +27,7 @@ from zmqagent.agent.base import OnReply, Reply, Requester, Respond
 from zmqagent.exceptions import NotInitializedError, RpcError
 from zmqagent.rpc import profile_records, trace_spans
 from zmqagent.rpc.profile_records import Records
-from zmqagent.rpc.recordings import CallSpan, Flags, Profile, current_profile, flags_of
+from zmqagent.rpc.recordings import CallSpan, Flags, Profile, flags_of
 from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import Failure, ProfiledReturn, RunWithProfiling, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
@@ -62,7 +62,7 @@ def current_call() -> ProfiledCall | None:
 class _Scope:
     """The body of torch's calling functions; calls made while one is pickled have scopes of their own."""
 
-    def __init__(self, call: ProfiledCall) -> None:
+    def __init__(self, call: ProfiledCall | None) -> None:
         self._call = call
         self._former: ProfiledCall | None = None
 
@@ -99,7 +99,8 @@ class RpcProfiler:
         me = self._requester.worker_name(self._requester.worker_id)
         if is_legacy:
             key = _build_rpc_profiling_key(mode, name, me, to.name)
-            return _Scope(_LegacyCall(key, self._requester.worker_id, resumes=mode is RPCExecMode.ASYNC))
+            span = CallSpan.begin(key, self._requester.worker_id, time.time_ns())
+            return _Scope(None if span is None else _LegacyCall(span, resumes=mode is RPCExecMode.ASYNC))
         if _is_kineto():
             return _Scope(_TracedCall(f"rpc#{name}({me} -> {to.name})"))
         return _NOT_PROFILED
@@ -173,13 +174,12 @@ def _is_kineto() -> bool:
 class _LegacyCall:
     """A call under torch's legacy profiler. ``resumes``: callbacks of its future are recorded as well, as with torch's agent."""
 
-    def __init__(self, key: str, me: WorkerId, *, resumes: bool) -> None:
-        self._profile = current_profile()
-        self._span = CallSpan(key, me, time.time_ns())
+    def __init__(self, span: CallSpan, *, resumes: bool) -> None:
+        self._span = span
         self._resumes = resumes
 
     def begin(self, message: Message, on_reply: OnReply) -> tuple[Message, OnReply]:
-        return RunWithProfiling(int(self._profile.flags), message).to_message(), partial(self._end, on_reply)
+        return RunWithProfiling(int(self._span.profile.flags), message).to_message(), partial(self._end, on_reply)
 
     def abandon(self) -> None:
         self._span.end(time.time_ns(), [])
@@ -193,7 +193,7 @@ class _LegacyCall:
         if not self._resumes:
             on_reply(reply)
             return
-        with self._profile.recording():
+        with self._span.profile.recording():
             on_reply(reply)
 
 

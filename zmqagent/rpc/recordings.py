@@ -9,6 +9,9 @@ several places:
   a profiled call's future;
 - spans of calls, with what callees have sent.
 
+torch hands its profiler on to the threads of ``torch.jit.fork``, where nothing tells whose it is. A call made there belongs to
+the profile that the user has open, and to none if there are several.
+
 What comes after a profile has ended is dropped.
 """
 
@@ -20,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch._C import _autograd
@@ -29,7 +32,7 @@ from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _Expe
 from zmqagent.rpc.profile_records import Record, Records, Values, from_remote, from_torch, started_by
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["CallSpan", "Flags", "Profile", "current_profile", "entered", "flags_of", "left", "remember"]
+__all__ = ["CallSpan", "Flags", "Profile", "entered", "flags_of", "left", "remember"]
 
 _PATIENCE_S = 1.0
 """How long the end of a profile waits for callbacks on other threads, whose events would be lost. Those that completed what the
@@ -182,17 +185,28 @@ class _Here(threading.local):
 
 _here = _Here()
 
+# Protects the set: what users have switched on, and not off yet. The threads themselves keep these alive: one that ends takes its
+# own along.
+_entered_lock = threading.Lock()
+_entered: WeakSet[_Recording] = WeakSet()
+
 
 class CallSpan:
-    """A call of the thread that is being profiled, from now on until `end`."""
+    """A call of a thread that is being profiled, from when it was made until `end`; made by `begin`."""
 
-    def __init__(self, name: str, node: WorkerId, now_ns: int) -> None:
-        """Takes the time in ns since the epoch, as do torch's records."""
-        self._recording = _recording_here()
+    def __init__(self, recording: _Recording, name: str, node: WorkerId, now_ns: int) -> None:
+        self._recording = recording
         self._name = name
         self._node = node
         self._began_ns = self._ended_ns = now_ns
         self._handle = next(_handles)
+
+    @classmethod
+    def begin(cls, name: str, node: WorkerId, now_ns: int) -> CallSpan | None:
+        """Takes the time in ns since the epoch, as do torch's records. torch's legacy profiler must be on in this thread; None if
+        it cannot be told whose profile that is."""
+        recording = _here.recording or _only_entered()
+        return None if recording is None else cls(recording, name, node, now_ns)
 
     @property
     def profile(self) -> Profile:
@@ -212,21 +226,18 @@ class CallSpan:
         return [Record(push), Record(Values("pop", "", thread, self._handle, self._node, self._ended_ns))]
 
 
-def current_profile() -> Profile:
-    """What torch's legacy profiler, which must be on in this thread, records for."""
-    return _recording_here().profile
-
-
-def _recording_here() -> _Recording:
-    if _here.recording is None:
-        # Switched on before this package came, or by torch on a thread of its own: nobody said what is wanted.
-        _here.recording = _Recording(Profile(Flags(0)))
-    return _here.recording
+def _only_entered() -> _Recording | None:
+    with _entered_lock:
+        recordings = list(_entered)
+    return recordings[0] if len(recordings) == 1 else None
 
 
 def entered(config: ProfilerConfig) -> None:
     """The user has switched torch's profiler on in this thread."""
-    _here.recording = _Recording(Profile(flags_of(config)))
+    recording = _Recording(Profile(flags_of(config)))
+    with _entered_lock:
+        _entered.add(recording)
+    _here.recording = recording
 
 
 def left(events: list[list[Any]]) -> list[list[Any]]:
@@ -235,6 +246,8 @@ def left(events: list[list[Any]]) -> list[list[Any]]:
     if recording is None or not events:
         return events
     _here.recording = None
+    with _entered_lock:
+        _entered.discard(recording)
     recording.thread_id = started_by(events).thread_id()
     rest = recording.profile.close()
     return [*from_torch(events), *rest] if rest else events
