@@ -17,6 +17,7 @@ from pickle import PickleBuffer
 import numpy as np
 import torch
 
+from zmqagent.agent.streams import Copies
 from zmqagent.exceptions import NotPicklableError
 
 __all__ = ["ALIGNMENT", "CPU", "SMALL", "freeze_buffers", "freeze_bytes", "freeze_elements", "receive_bytes", "writable"]
@@ -35,10 +36,11 @@ CPU = torch.device("cpu")
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int) -> bytes | memoryview:
-    """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it."""
+def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int, copies: Copies) -> bytes | memoryview:
+    """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it. What comes from
+    an accelerator is there when ``copies`` have finished."""
     if storage.device.type != "cpu":
-        return freeze_elements(storage, 1, (size,), (1,), begin)
+        return freeze_elements(storage, 1, (size,), (1,), begin, copies)
     if size <= SMALL:
         return ctypes.string_at(storage.data_ptr() + begin, size)
     copy = torch.empty(size, dtype=torch.uint8, device=CPU)
@@ -47,11 +49,14 @@ def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int) -> bytes 
 
 
 def freeze_elements(
-    storage: torch.UntypedStorage, itemsize: int, sizes: Sequence[int], strides: Sequence[int], offset: int
+    storage: torch.UntypedStorage, itemsize: int, sizes: Sequence[int], strides: Sequence[int], offset: int, copies: Copies
 ) -> memoryview:
-    """A contiguous copy, in main memory, of the elements that a strided view of a storage on any device has."""
+    """A contiguous copy, in main memory, of the elements that a strided view of a storage on any device has. What comes from an
+    accelerator is there when ``copies`` have finished."""
     dtype = _RAW[itemsize]
     view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, tuple(sizes), tuple(strides))
+    if storage.device.type != "cpu":
+        return copies.start_out(view)
     copy = torch.empty(tuple(sizes), dtype=dtype, device=CPU).copy_(view)
     return copy.reshape(-1).view(torch.uint8).numpy().data
 

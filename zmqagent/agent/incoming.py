@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from zmqagent.agent.buffers import CPU, receive_bytes
+from zmqagent.agent.streams import Copies
 from zmqagent.agent.strides import extent
 from zmqagent.agent.tensor_kinds import (
     COALESCED,
@@ -62,8 +63,9 @@ class _Strided(NamedTuple):
 class Incoming:
     """The tensors of one message on their way in. `check` every description, then `check_rest`, then run the builders."""
 
-    def __init__(self, buffers: Sequence[memoryview]) -> None:
+    def __init__(self, buffers: Sequence[memoryview], copies: Copies) -> None:
         self._buffers = buffers
+        self._copies = copies
         self._unclaimed = [buffer.nbytes for buffer in buffers]
         self._alignments: dict[_Piece, int] = {}
         self._storages: dict[_Piece, torch.UntypedStorage] = {}
@@ -217,7 +219,7 @@ class Incoming:
         if storage is None:
             view = self._buffers[piece.buffer][piece.start : piece.start + piece.size]
             received = receive_bytes(view, self._alignments[piece])
-            storage = (received if device == CPU else received.to(device)).untyped_storage()
+            storage = (received if device == CPU else self._copies.start_in(received, device)).untyped_storage()
             self._storages[piece] = storage
         return storage
 

@@ -13,6 +13,7 @@ import torch
 
 from zmqagent.agent.buffers import CPU, SMALL, freeze_bytes, freeze_elements
 from zmqagent.agent.devices import Target
+from zmqagent.agent.streams import Copies
 from zmqagent.agent.strides import View, contiguous, pieces
 from zmqagent.agent.tensor_kinds import (
     COALESCED,
@@ -60,8 +61,9 @@ def settle(description: Any) -> Any:
 class Outgoing:
     """The tensors of one message on their way out."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, copies: Copies) -> None:
         self._target = target
+        self._copies = copies
         self._by_storage: dict[int, list[_Part]] = {}
         self._small: list[bytes | memoryview] = []
         self._small_parts: list[_Part] = []
@@ -130,6 +132,7 @@ class Outgoing:
                 continue
             for group in pieces([part.view for part in parts]):
                 self._freeze_together([parts[i] for i in group])
+        self._copies.finish()
         if self._small:
             for part in self._small_parts:
                 part.buffer = len(self._buffers)
@@ -141,7 +144,9 @@ class Outgoing:
         first = parts[0]
         view, storage = first.view, first.storage
         if view.is_wasteful and all(part.view == view for part in parts):
-            memory: bytes | memoryview = freeze_elements(storage, view.itemsize, view.sizes, view.strides, view.offset)
+            memory: bytes | memoryview = freeze_elements(
+                storage, view.itemsize, view.sizes, view.strides, view.offset, self._copies
+            )
             self._place(parts, memory)
             for part in parts:
                 part.strides = contiguous(view.sizes)
@@ -152,7 +157,7 @@ class Outgoing:
             itemsize = max(itemsize, part.view.itemsize)
         # Views of other dtypes stay whole elements away from the begin.
         begin -= begin % itemsize
-        self._place(parts, freeze_bytes(storage, begin, end - begin))
+        self._place(parts, freeze_bytes(storage, begin, end - begin, self._copies))
         for part in parts:
             part.offset = part.view.offset - begin // part.view.itemsize
 

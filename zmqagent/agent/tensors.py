@@ -19,16 +19,20 @@ import torch
 from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
+from zmqagent.agent.streams import ACCELERATOR, Accelerator, Copies
 from zmqagent.agent.tensor_kinds import Description
 from zmqagent.exceptions import ProtocolError
 
 __all__ = ["Description", "pack", "unpack"]
 
 
-def pack(tensors: Sequence[torch.Tensor], target: Target = cpu_only) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
+def pack(
+    tensors: Sequence[torch.Tensor], target: Target = cpu_only, accelerator: Accelerator = ACCELERATOR
+) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
     """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
 
-    ``target`` names, for a tensor's device, the one it is to arrive on. Every byte is copied once, also from an accelerator.
+    ``target`` names, for a tensor's device, the one it is to arrive on. Every byte is copied once, also from an accelerator,
+    behind what the calling thread's current stream there has been given.
 
     Raises:
         NotPicklableError: a tensor of a kind that cannot travel; the text names it.
@@ -36,14 +40,17 @@ def pack(tensors: Sequence[torch.Tensor], target: Target = cpu_only) -> tuple[tu
     """
     # Without the guard a subclass would see, and might change, every call made here.
     with torch._C.DisableTorchFunctionSubclass():
-        outgoing = Outgoing(target)
+        outgoing = Outgoing(target, Copies(accelerator))
         descriptions = [outgoing.describe(tensor) for tensor in tensors]
         buffers = outgoing.freeze()
     return tuple([settle(description) for description in descriptions]), buffers
 
 
-def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview]) -> list[torch.Tensor]:
-    """The tensors that `pack` was given. They are leaves, writable, and keep alive what they need of ``buffers``.
+def unpack(
+    descriptions: Sequence[Any], buffers: Sequence[memoryview], accelerator: Accelerator = ACCELERATOR
+) -> list[torch.Tensor]:
+    """The tensors that `pack` was given. They are leaves, writable, and keep alive what they need of ``buffers``. Those on an
+    accelerator are whole: any thread and any stream may use them.
 
     A large buffer that is writable and aligned becomes the tensor's memory; anything else is copied into torch's own. Nothing is
     taken before the sizes have been checked against the buffers.
@@ -51,11 +58,14 @@ def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview]) -> list[t
     Raises:
         ProtocolError: a description that `pack` does not make, or that does not fit the buffers.
     """
-    incoming = Incoming(buffers)
+    copies = Copies(accelerator)
+    incoming = Incoming(buffers, copies)
     builders = [incoming.check(description) for description in descriptions]
     incoming.check_rest()
     try:
-        return [build() for build in builders]
+        tensors = [build() for build in builders]
+        copies.finish()
+        return tensors
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         # torch checks the rest: indices of sparse tensors, scales of quantized ones, devices this worker has not.
         raise ProtocolError(f"a tensor cannot be built from what arrived: {error}") from error
