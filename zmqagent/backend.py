@@ -19,6 +19,7 @@ from zmqagent.dynamic_worker import DynamicWorker
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.rpc import recordings, trace_spans
+from zmqagent.rpc.profiler import server_profiler
 from zmqagent.worker import Worker
 
 __all__ = ["NAME", "register", "register_variant", "replace_tensorpipe"]
@@ -67,6 +68,8 @@ def register() -> None:
             "_disable_profiler_legacy": _disable_profiler_legacy,
             "_enable_profiler": _enable_profiler,
             "_disable_profiler": _disable_profiler,
+            "_enable_server_process_global_profiler": _enable_server_profiler,
+            "_disable_server_process_global_profiler": _disable_server_profiler,
         }
     )
     register_variant(NAME, ZmqRpcBackendOptions, lambda options: None)
@@ -140,6 +143,19 @@ def _enable_profiler(*args: Any, **kwargs: Any) -> None:
 def _disable_profiler() -> Any:
     trace_spans.end_all()
     return torch_bindings.original("_disable_profiler")()
+
+
+# Both enter torch's own as well, for its own agent: nobody knows yet which will run.
+
+
+def _enable_server_profiler(config: Any) -> None:
+    torch_bindings.original("_enable_server_process_global_profiler")(config)
+    server_profiler.enable(config)
+
+
+def _disable_server_profiler() -> list[Any]:
+    ours = server_profiler.disable()
+    return [*torch_bindings.original("_disable_server_process_global_profiler")(), *ours]
 
 
 def _init_backend(backend: Any, *args: Any, **kwargs: Any) -> Any:

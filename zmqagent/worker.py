@@ -163,8 +163,6 @@ class Worker:
             "_RemoteModule.__prepare_scriptable__": scriptable_form,
             "_enable_rpc_profiler": self._profiler.profiled_call,
             "record_function._call_end_callbacks_on_future": _end_with_future,
-            "_enable_server_process_global_profiler": self._profiler.enable_server,
-            "_disable_server_process_global_profiler": self._profiler.disable_server,
             "collect_all": collect_all,
             "wait_all": wait_all,
         }

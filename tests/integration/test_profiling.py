@@ -235,6 +235,28 @@ def test_the_server_process_global_profiler_shows_calls_backward_passes_and_what
     assert {"aten::mul", "MulBackward0", "aten::neg"} <= set(on_group(_served))
 
 
+def _entered(profiler: Any) -> Any:
+    profiler.__enter__()
+    return profiler
+
+
+def _profiles_what_it_serves(rank: int, meeting_point: str, begins_before: bool, backend: str) -> int:
+    """How often the other worker's calls added, as the profile shows that ends after this one has shut down."""
+    profiler = _entered(rpc._server_process_global_profile()) if begins_before else None
+    with worker(rank, 2, meeting_point, backend=backend):
+        profiler = profiler or _entered(rpc._server_process_global_profile())
+        rpc.api._wait_all_workers()
+        for _ in range(3):
+            rpc.rpc_sync(f"worker{1 - rank}", torch.add, args=(torch.ones(1), 1))
+    profiler.__exit__(None, None, None)
+    return sum(event.name == "aten::add" for event in profiler.function_events)
+
+
+@pytest.mark.parametrize(("begins_before", "backend"), [(True, "ZMQ"), (False, "ZMQ"), (True, "TENSORPIPE")])
+def test_the_server_process_global_profiler_may_begin_before_and_end_after_the_worker(begins_before: bool, backend: str) -> None:
+    assert run_ranks(_profiles_what_it_serves, 2, begins_before, backend) == [3, 3]
+
+
 # Kineto.
 
 

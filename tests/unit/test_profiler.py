@@ -18,7 +18,7 @@ from zmqagent import torch_bindings
 from zmqagent.agent.base import Reply
 from zmqagent.exceptions import CalleeError, NotInitializedError, ProtocolError
 from zmqagent.rpc.profile_records import Record, Values, pack, unpack
-from zmqagent.rpc.profiler import RpcProfiler, current_call
+from zmqagent.rpc.profiler import RpcProfiler, current_call, server_profiler
 from zmqagent.rpc.recordings import Flags, Profile
 from zmqagent.wire.commands import Failure, Pickled, ProfiledReturn, PythonCall, Return, RunWithProfiling, parse
 from zmqagent.wire.types import Message, WorkerId
@@ -44,6 +44,7 @@ def profiler() -> Iterator[RpcProfiler]:
     yield RpcProfiler(Agent())  # type: ignore[arg-type]
     assert current_call() is None
     assert not torch.autograd._profiler_enabled()
+    assert not server_profiler.ranges
 
 
 def begun(profiler: RpcProfiler, function: Any = len, mode: RPCExecMode = RPCExecMode.SYNC) -> tuple[Message, Any, list[Reply]]:
@@ -237,12 +238,12 @@ def shown(results: Any) -> list[set[str]]:
 
 def test_each_range_holds_what_was_served_within_it(profiler: RpcProfiler) -> None:
     ran(profiler, torch.empty)
-    profiler.enable_server(Flags(0).config())
+    server_profiler.enable(Flags(0).config())
     ran(profiler, torch.ones)
-    profiler.enable_server(Flags(0).config())
+    server_profiler.enable(Flags(0).config())
     ran(profiler, torch.zeros)
-    (inner,) = shown(profiler.disable_server())
-    outer = shown(profiler.disable_server())
+    (inner,) = shown(server_profiler.disable())
+    outer = shown(server_profiler.disable())
     assert "aten::zeros" in inner
     assert len(outer) == 2
     assert "aten::ones" in outer[0]
@@ -251,13 +252,13 @@ def test_each_range_holds_what_was_served_within_it(profiler: RpcProfiler) -> No
 
 def test_a_range_that_was_never_entered_cannot_be_left(profiler: RpcProfiler) -> None:
     with pytest.raises(NotInitializedError, match="server-process-global profiler is not enabled"):
-        profiler.disable_server()
+        server_profiler.disable()
 
 
 def test_a_request_that_is_profiled_for_caller_and_server_is_recorded_for_both(profiler: RpcProfiler) -> None:
-    profiler.enable_server(Flags.MEMORY.config())
+    server_profiler.enable(Flags.MEMORY.config())
     of, (sent,) = served(profiler, ANSWER.to_message(), flags=Flags.SHAPES)
-    (result,) = shown(profiler.disable_server())
+    (result,) = shown(server_profiler.disable())
     assert of.flags == Flags.SHAPES | Flags.MEMORY
     wrapped = parse(sent)
     assert isinstance(wrapped, ProfiledReturn)
@@ -266,8 +267,8 @@ def test_a_request_that_is_profiled_for_caller_and_server_is_recorded_for_both(p
 
 
 def test_a_function_that_raises_is_shown_too(profiler: RpcProfiler) -> None:
-    profiler.enable_server(Flags(0).config())
+    server_profiler.enable(Flags(0).config())
     with pytest.raises(RuntimeError, match="negative dimension"):
         ran(profiler, lambda one: torch.ones(-one))
-    (result,) = shown(profiler.disable_server())
+    (result,) = shown(server_profiler.disable())
     assert "aten::ones" in result

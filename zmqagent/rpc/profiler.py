@@ -5,14 +5,15 @@ torch's ``rpc_sync``, ``rpc_async`` and ``remote`` ask for a context manager bef
 
 Under the legacy profiler the request is wrapped (`RunWithProfiling`); the callee runs it under a profiler of its own and sends
 the records with the answer (`ProfiledReturn`). The server-process-global profiler records what this worker does for others,
-whoever asked; a request that is profiled for both is recorded once.
+whoever asked; a request that is profiled for both is recorded once. It belongs to the process: a range may begin before a worker
+starts and end after that has shut down.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import Failure, ProfiledReturn, RunWithProfiling, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
-__all__ = ["ProfiledCall", "RpcProfiler", "current_call"]
+__all__ = ["ProfiledCall", "RpcProfiler", "ServerProfiler", "current_call", "server_profiler"]
 
 
 class ProfiledCall(Protocol):
@@ -83,9 +84,6 @@ class RpcProfiler:
 
     def __init__(self, requester: Requester) -> None:
         self._requester = requester
-        # Protects changes of the tuple, which is replaced whole and read without it.
-        self._lock = threading.Lock()
-        self._servers: tuple[_ServerProfile, ...] = ()
 
     # Calls of this worker.
 
@@ -116,49 +114,27 @@ class RpcProfiler:
 
     def serve(self, request: RunWithProfiling, respond: Respond) -> tuple[Profile, Respond]:
         """A profile for what is done to serve ``request``, and how to answer, which ends it."""
-        profile = Profile(Flags(request.flags & sum(Flags)) | self._server_flags())
+        profile = Profile(Flags(request.flags & sum(Flags)) | _flags_for(server_profiler.ranges))
         return profile, partial(_respond, profile, respond)
 
     def recorded(self, function: Callable[[], Any], profile: Profile | None) -> Callable[[], Any]:
         """``function``, so that running it is recorded for ``profile`` and for the server-process-global profiler, if there are
         any."""
-        servers = self._servers
-        if profile is None and not servers:
+        ranges = server_profiler.ranges
+        if profile is None and not ranges:
             return function
 
         def run() -> Any:
-            recorder = profile or Profile(self._server_flags())
+            recorder = profile or Profile(_flags_for(ranges))
             try:
                 with recorder.recording():
                     return function()
             finally:
                 records = recorder.so_far()
-                for server in servers:
-                    server.add(records)
+                for each in ranges:
+                    each.add(records)
 
         return run
-
-    def _server_flags(self) -> Flags:
-        servers = self._servers
-        return servers[-1].flags if servers else Flags(0)
-
-    def enable_server(self, config: ProfilerConfig) -> None:
-        """torch's ``_enable_server_process_global_profiler``: from now on all requests of others are recorded. May be nested."""
-        with self._lock:
-            self._servers = (*self._servers, _ServerProfile(flags_of(config)))
-
-    def disable_server(self) -> list[Records]:
-        """Ends the innermost range of `enable_server`; returns what was recorded in it, by request.
-
-        Raises:
-            NotInitializedError: there is none.
-        """
-        with self._lock:
-            if not self._servers:
-                raise NotInitializedError("the server-process-global profiler is not enabled: enter it before you exit it")
-            *outer, innermost = self._servers
-            self._servers = tuple(outer)
-        return innermost.results()
 
 
 def _name(function: Any) -> str:
@@ -236,7 +212,7 @@ def _respond(profile: Profile, respond: Respond, answer: Message) -> bool:
     return respond(ProfiledReturn(profile_records.pack(records), answer).to_message())
 
 
-class _ServerProfile:
+class _Range:
     """One range of the server-process-global profiler."""
 
     def __init__(self, flags: Flags) -> None:
@@ -254,3 +230,39 @@ class _ServerProfile:
         """What was recorded until now."""
         with self._lock:
             return list(self._results)
+
+
+def _flags_for(ranges: Sequence[_Range]) -> Flags:
+    return ranges[-1].flags if ranges else Flags(0)
+
+
+class ServerProfiler:
+    """The server-process-global profiler, which records what the workers of this process do for others."""
+
+    def __init__(self) -> None:
+        # Protects changes of the tuple, which is replaced whole and read without it.
+        self._lock = threading.Lock()
+        self.ranges: tuple[_Range, ...] = ()
+        """Those that were entered and not left, from the outermost to the innermost."""
+
+    def enable(self, config: ProfilerConfig) -> None:
+        """Begins a range: from now on all requests of others are recorded."""
+        with self._lock:
+            self.ranges = (*self.ranges, _Range(flags_of(config)))
+
+    def disable(self) -> list[Records]:
+        """Ends the innermost range; returns what was recorded in it, by request.
+
+        Raises:
+            NotInitializedError: there is none.
+        """
+        with self._lock:
+            if not self.ranges:
+                raise NotInitializedError("the server-process-global profiler is not enabled: enter it before you exit it")
+            *outer, innermost = self.ranges
+            self.ranges = tuple(outer)
+        return innermost.results()
+
+
+server_profiler = ServerProfiler()
+"""This process's."""
