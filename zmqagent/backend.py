@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 import torch.distributed.rpc as rpc
@@ -21,6 +21,9 @@ from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.rpc import recordings, trace_spans
 from zmqagent.rpc.profiler import server_profiler
 from zmqagent.worker import Worker
+
+if TYPE_CHECKING:
+    from torch._C._distributed_rpc import _TensorPipeRpcBackendOptionsBase
 
 __all__ = ["NAME", "register", "register_variant", "replace_tensorpipe"]
 
@@ -47,6 +50,8 @@ class _Variant:
     """A backend whose workers are this package's."""
 
     options: type[ZmqRpcBackendOptions]
+    taken_over: type[_TensorPipeRpcBackendOptionsBase]
+    """Which options of torch's own ``options.from_tensorpipe`` understands in full."""
     make_detour: Callable[[Any], Detour | None]
 
 
@@ -72,13 +77,18 @@ def register() -> None:
             "_disable_server_process_global_profiler": _disable_server_profiler,
         }
     )
-    register_variant(NAME, ZmqRpcBackendOptions, lambda options: None)
+    register_variant(NAME, ZmqRpcBackendOptions, rpc.TensorPipeRpcBackendOptions, lambda options: None)
 
 
-def register_variant(name: str, options: type[ZmqRpcBackendOptions], make_detour: Callable[[Any], Detour | None]) -> None:
-    """Makes ``BackendType.<name>`` exist: workers with options of type ``options``, whose messages go through what
-    ``make_detour(options)`` returns. Harmless when repeated."""
-    _variants[name] = _Variant(options, make_detour)
+def register_variant(
+    name: str,
+    options: type[ZmqRpcBackendOptions],
+    taken_over: type[_TensorPipeRpcBackendOptionsBase],
+    make_detour: Callable[[Any], Detour | None],
+) -> None:
+    """Makes ``BackendType.<name>`` exist: workers with options of type ``options``, or of torch's type ``taken_over``, whose
+    messages go through what ``make_detour(options)`` returns. Harmless when repeated."""
+    _variants[name] = _Variant(options, taken_over, make_detour)
     if not backend_registry.backend_registered(name):
         _register_backend(name, partial(_construct_options, options), partial(_init_worker, name))
 
@@ -201,19 +211,20 @@ def _init_worker(
 
 def _own_options(backend: str, given: rpc.RpcBackendOptions) -> ZmqRpcBackendOptions:
     """``given``, or what it means here, as options of the variant ``backend``."""
-    wanted = _variants[backend].options
-    if isinstance(given, rpc.TensorPipeRpcBackendOptions):
-        return wanted.from_tensorpipe(given)
-    if not isinstance(given, wanted):
-        raise InvalidTypeError(
-            f"`rpc_backend_options` must be a `{wanted.__name__}` or a `TensorPipeRpcBackendOptions`, but got "
-            f"{type(given).__qualname__}"
-        )
-    for name, variant in _variants.items():
+    own = _variants[backend]
+    if isinstance(given, own.taken_over):
+        return own.options.from_tensorpipe(given)
+    for name, other in _variants.items():
         # What only another variant heeds would be passed over in silence.
-        if variant.options is not wanted and issubclass(variant.options, wanted) and isinstance(given, variant.options):
+        is_more = other.options is not own.options and issubclass(other.options, own.options)
+        if is_more and isinstance(given, other.options | other.taken_over):
             raise InvalidTypeError(
                 f"`rpc_backend_options` is a `{type(given).__qualname__}`, which is for backend=rpc.BackendType.{name}, and the "
                 f"backend is {backend}"
             )
+    if not isinstance(given, own.options):
+        raise InvalidTypeError(
+            f"`rpc_backend_options` must be a `{own.options.__name__}` or a `TensorPipeRpcBackendOptions`, but got "
+            f"{type(given).__qualname__}"
+        )
     return given

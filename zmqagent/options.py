@@ -17,7 +17,7 @@ from torch.distributed.rpc.constants import DEFAULT_INIT_METHOD, DEFAULT_NUM_WOR
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError
 
 if TYPE_CHECKING:
-    from torch.distributed.rpc import TensorPipeRpcBackendOptions
+    from torch._C._distributed_rpc import _TensorPipeRpcBackendOptionsBase
     from typing_extensions import Self
 
 __all__ = ["DeviceLike", "TransportName", "ZmqRpcBackendOptions"]
@@ -75,7 +75,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self.draw_rank = draw_rank
 
     @classmethod
-    def from_tensorpipe(cls, options: TensorPipeRpcBackendOptions) -> Self:
+    def from_tensorpipe(cls, options: _TensorPipeRpcBackendOptionsBase) -> Self:
         """The same threads, timeout, meeting point, maps and devices; TensorPipe's transports and channels have no counterpart.
 
         Raises:

@@ -108,6 +108,31 @@ def _use_what_was_not_created(message: str, to: str) -> dict[str, Any]:
     }
 
 
+def value_of(rref: rpc.RRef[Any]) -> Any:
+    return rref.to_here()
+
+
+def _repeat_until_it_succeeds(to: str) -> list[Any]:
+    failures: list[Any] = [outcome_of(rpc.remote(to, note, args=("created",))._get_future().wait) for _ in range(2)]
+    rref = rpc.remote(to, note, args=("created",))
+    created = rref.to_here()
+    failures += [outcome_of(rpc.rpc_sync, "worker1", value_of, args=(rref,)) for _ in range(2)]
+    return [failures, created, rpc.rpc_sync("worker1", value_of, args=(rref,))]
+
+
+@pytest.mark.parametrize(("to", "rank"), [("worker1", 1), ("worker0", 0)])
+def test_a_repeated_creation_and_a_repeated_call_with_an_rref_succeed_in_the_end(to: str, rank: int) -> None:
+    failures, created, passed_on = with_faults(
+        partial(_repeat_until_it_succeeds, to), num_fail_sends=2, messages_to_fail=["PYTHON_REMOTE_CALL", "PYTHON_CALL"]
+    )
+    assert failures == [
+        (SendFailedError, f"Send attempt failed intentionally for a {message} to worker {receiver} ({count} of 2)")
+        for message, receiver in (("PYTHON_REMOTE_CALL", rank), ("PYTHON_CALL", 1))
+        for count in (1, 2)
+    ]
+    assert (created, passed_on) == (1, 1)
+
+
 def _backward() -> list[Any]:
     weight = torch.ones(2, requires_grad=True)
     with dist_autograd.context() as by_rref:
@@ -119,8 +144,7 @@ def _backward() -> list[Any]:
     with dist_autograd.context() as context_id:
         loss = rpc.rpc_sync("worker1", torch.add, args=(weight, 1)).sum()
         failure = outcome_of(dist_autograd.backward, context_id, [loss], retain_graph=True)
-        stop_faults()  # The next pass sends messages of its own.
-        dist_autograd.backward(context_id, [loss])
+        dist_autograd.backward(context_id, [loss], retain_graph=True)
         gradients.append(dist_autograd.get_gradients(context_id)[weight].tolist())
     return [failure_by_rref, failure, gradients]
 
@@ -134,6 +158,30 @@ def test_gradients_that_cannot_be_sent_fail_the_pass_and_the_next_one_runs() -> 
     assert issubclass(kind, RuntimeError)
     assert "Send attempt failed intentionally for a BACKWARD_AUTOGRAD_REQ to worker 1 (1 of 1)" in text
     assert gradients == [[1.0, 1.0]] * 2
+
+
+def _start_with_torchs_options(rank: int, meeting_point: str) -> Any:
+    torch._C._faulty_agent_init()
+    options = torch._C._distributed_rpc_testing.FaultyTensorPipeRpcBackendOptions(
+        num_worker_threads=4,
+        rpc_timeout=20.0,
+        init_method=meeting_point,
+        messages_to_fail=["PYTHON_CALL"],
+        messages_to_delay={},
+        num_fail_sends=1,
+    )
+    rpc.init_rpc("alone", backend=rpc.BackendType.FAULTY_ZMQ, rank=rank, world_size=1, rpc_backend_options=options)
+    failure = outcome_of(rpc.rpc_sync, "alone", note, args=("call",))
+    served = rpc.rpc_sync("alone", note, args=("call",))
+    stop_faults()
+    rpc.shutdown()
+    return failure, served
+
+
+def test_a_worker_with_the_options_of_torchs_faulty_backend_injects_their_faults() -> None:
+    ((failure, served),) = run_ranks(_start_with_torchs_options, 1)
+    assert failure == (SendFailedError, "Send attempt failed intentionally for a PYTHON_CALL to worker 0 (1 of 1)")
+    assert served == 1
 
 
 # Calls that are late.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,13 +75,18 @@ def test_a_wrong_value_is_refused_where_it_is_set(name: str, value: Any, error: 
         setattr(options, name, value)
 
 
-def test_the_options_of_torchs_faulty_agent_are_taken_over() -> None:
-    # Without torch's Python module, which registers a backend.
+@functools.cache
+def torchs_faulty_options() -> Any:
+    """The options of FAULTY_TENSORPIPE, without torch's Python module for it, which registers a backend."""
+    # A second call in one process aborts it.
     torch._C._faulty_agent_init()
-    torchs = torch._C._distributed_rpc_testing.FaultyTensorPipeRpcBackendOptions(
+    return torch._C._distributed_rpc_testing.FaultyTensorPipeRpcBackendOptions(
         num_worker_threads=8, rpc_timeout=5.0, init_method="env://", **FAULTS
     )
-    options = FaultyZmqRpcBackendOptions.from_tensorpipe(torchs)
+
+
+def test_the_options_of_torchs_faulty_agent_are_taken_over() -> None:
+    options = FaultyZmqRpcBackendOptions.from_tensorpipe(torchs_faulty_options())
     assert {name: getattr(options, name) for name in FAULTS} == FAULTS
     assert (options.num_worker_threads, options.rpc_timeout) == (8, 5.0)
     assert FaultyZmqRpcBackendOptions.from_tensorpipe(rpc.TensorPipeRpcBackendOptions()).num_fail_sends == 0
@@ -133,9 +140,21 @@ def test_options_of_another_type_are_refused(started: list[tuple[Any, ...]], tmp
     assert started == []
 
 
-def test_faults_that_the_chosen_backend_would_not_inject_are_refused(started: list[tuple[Any, ...]], tmp_path: Any) -> None:
+@pytest.mark.parametrize("make_options", [FaultyZmqRpcBackendOptions, torchs_faulty_options])
+def test_faults_that_the_chosen_backend_would_not_inject_are_refused(
+    make_options: Callable[[], Any], started: list[tuple[Any, ...]], tmp_path: Any
+) -> None:
     with pytest.raises(InvalidTypeError, match=r"which is for backend=rpc.BackendType.FAULTY_ZMQ, and the backend is ZMQ"):
-        _init(rpc.BackendType.ZMQ, tmp_path, FaultyZmqRpcBackendOptions())
+        _init(rpc.BackendType.ZMQ, tmp_path, make_options())
+    assert started == []
+
+
+def test_without_the_faulty_backend_torchs_faulty_options_are_refused(
+    started: list[tuple[Any, ...]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(backend._variants, "FAULTY_ZMQ")
+    with pytest.raises(InvalidTypeError, match=r"must be a `ZmqRpcBackendOptions` .*but got FaultyTensorPipeRpcBackendOptions"):
+        _init(rpc.BackendType.ZMQ, tmp_path, torchs_faulty_options())
     assert started == []
 
 

@@ -66,6 +66,7 @@ PURE = {
     "rref/users.py",
     "autograd/plan.py",
     "testing/faults.py",
+    "testing/identity.py",
     "testing/options.py",
 }
 """Files without sockets, threads, clock and randomness: those come in as events, arguments and instructions."""

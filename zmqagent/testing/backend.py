@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from zmqagent.backend import register_variant
 from zmqagent.testing.injector import FaultInjector
 from zmqagent.testing.options import FaultyZmqRpcBackendOptions
@@ -16,7 +18,9 @@ _injectors: list[FaultInjector] = []
 
 def register() -> None:
     """Makes ``BackendType.FAULTY_ZMQ`` exist. Harmless when repeated."""
-    register_variant(_NAME, FaultyZmqRpcBackendOptions, _make_injector)
+    # The options of FAULTY_TENSORPIPE have this class in common with TENSORPIPE's, and not the one that torch makes public.
+    taken_over = torch._C._distributed_rpc._TensorPipeRpcBackendOptionsBase
+    register_variant(_NAME, FaultyZmqRpcBackendOptions, taken_over, _make_injector)
 
 
 def _make_injector(options: FaultyZmqRpcBackendOptions) -> FaultInjector:

@@ -6,12 +6,12 @@ those of an autograd context do, counts as what it is inside.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from zmqagent.exceptions import InvalidOptionError
+from zmqagent.testing.identity import identity
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["Fail", "Faults", "Send", "Verdict", "message_type"]
@@ -76,8 +76,8 @@ class Faults:
     """Judges every attempt to send a message. Not thread-safe: whoever calls it holds a lock.
 
     Args:
-        num_fail_sends: how many attempts to send one message fail before one succeeds. Messages to one worker that are equal in
-            everything but tensors and other buffers are one message.
+        num_fail_sends: how many attempts to send one message fail before one succeeds. Messages to one worker are one message if
+            they have one `identity`.
         messages_to_fail: the types of the messages that fail, by torch's names.
         messages_to_delay: by torch's names, how many seconds messages are held back, once they do not fail any more. Of several
             names for one type here, the longest delay counts.
@@ -96,9 +96,13 @@ class Faults:
         self._failures: Counter[tuple[WorkerId, MessageType, bytes]] = Counter()
 
     def judge(self, to: WorkerId, message: Message) -> Verdict:
-        """What is to become of this attempt to send ``message`` (not a wrapper of it) to ``to``."""
+        """What is to become of this attempt to send ``message`` (not a wrapper of it) to ``to``.
+
+        Raises:
+            ProtocolError: ``message`` does not have the fields of its type.
+        """
         if message.type in self._failing:
-            key = (to, message.type, _digest(message))
+            key = (to, message.type, identity(message))
             if self._failures[key] < self._num_fail_sends:
                 self._failures[key] += 1
                 return Fail(
@@ -106,10 +110,3 @@ class Faults:
                     f"({self._failures[key]} of {self._num_fail_sends})"
                 )
         return Send(self._delays.get(message.type, 0.0))
-
-
-def _digest(message: Message) -> bytes:
-    # Payloads may be large, and the table lives as long as the worker.
-    digest = hashlib.blake2b(repr(message.fields).encode("utf-8", "surrogatepass"), digest_size=16)
-    digest.update(message.payload)
-    return digest.digest()

@@ -11,7 +11,7 @@ from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.testing.faults import message_type
 
 if TYPE_CHECKING:
-    from torch.distributed.rpc import TensorPipeRpcBackendOptions
+    from torch._C._distributed_rpc import _TensorPipeRpcBackendOptionsBase
     from typing_extensions import Self
 
 __all__ = ["FaultyZmqRpcBackendOptions"]
@@ -25,7 +25,7 @@ class FaultyZmqRpcBackendOptions(ZmqRpcBackendOptions):
 
     Args:
         num_fail_sends: how many attempts to send one message fail before one succeeds. Calls of the same function with the same
-            arguments, tensors and arrays apart, to one worker are one message.
+            arguments, tensors and arrays apart, to one worker are one message; so are the gradients of repeated backward passes.
         messages_to_fail: the types of the messages that fail, by torch's names.
         messages_to_delay: by torch's names, after how many seconds messages leave. A call's timeout runs meanwhile.
         **options: those of `ZmqRpcBackendOptions`.
@@ -54,7 +54,7 @@ class FaultyZmqRpcBackendOptions(ZmqRpcBackendOptions):
         self.messages_to_delay = {} if messages_to_delay is None else messages_to_delay
 
     @classmethod
-    def from_tensorpipe(cls, options: TensorPipeRpcBackendOptions) -> Self:
+    def from_tensorpipe(cls, options: _TensorPipeRpcBackendOptionsBase) -> Self:
         """What `ZmqRpcBackendOptions.from_tensorpipe` takes over and, from the options of FAULTY_TENSORPIPE, the faults.
 
         Raises:
