@@ -24,9 +24,20 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.transport.base import Event, Frames, PeerRecord, Transport
-from zmqagent.wire.commands import Ack, Barrier, Failure, Goodbye, Pickled, PythonCall, Return, RRefUserDelete
+from zmqagent.wire.commands import (
+    Ack,
+    Barrier,
+    Failure,
+    ForwardAutograd,
+    Goodbye,
+    Pickled,
+    PythonCall,
+    Return,
+    RRefUserDelete,
+    RunWithProfiling,
+)
 from zmqagent.wire.frames import Envelope, decode, encode
-from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
+from zmqagent.wire.types import AutogradMetadata, ForkId, Message, MessageType, RRefId, WorkerId
 
 ALICE = PeerRecord("alice", WorkerId(0), 10, "host", 1, ())
 BOB = PeerRecord("bob", WorkerId(1), 20, "host", 2, ())
@@ -276,6 +287,13 @@ def test_a_call_whose_deadline_has_passed_fails_at_the_next_tick(side: Side) -> 
         task()
     assert isinstance(side.replies.get_nowait(), RpcTimeoutError)
     assert side.exchange.tick() == []
+
+
+def test_a_call_that_fails_is_named_by_what_it_is_and_not_by_its_wrappers(side: Side) -> None:
+    side.ask(RunWithProfiling(0, ForwardAutograd(AutogradMetadata(1, 2), CALL).to_message()).to_message(), timeout=1e-9)
+    for task in side.exchange.tick():
+        task()
+    assert "It was a PYTHON_CALL to worker bob" in str(side.replies.get_nowait())
 
 
 def test_an_idempotent_call_is_sent_again_as_it_was(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from zmqagent.transport.base import PeerRecord, Transport
 from zmqagent.wire.commands import Failure
 from zmqagent.wire.frames import Envelope, Label, decode, read_label
 from zmqagent.wire.types import Message, MessageType, WorkerId
+from zmqagent.wire.wrappers import type_inside
 
 __all__ = ["Exchange"]
 
@@ -137,7 +138,7 @@ class Exchange:
         with self._lock:
             if self._closed_for is not None:
                 raise type(self._closed_for)(*self._closed_for.args)
-            self._calls.start(call_id, peer.name, message.type.name, timeout=timeout, retry=retry, now=now)
+            self._calls.start(call_id, peer.name, type_inside(message).name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted, message.type)
             is_earlier = self._calls.next_deadline() < self._looks_up_at
         self.activity.count_client(counted)

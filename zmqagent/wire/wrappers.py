@@ -14,7 +14,7 @@ from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.fields import known_type, take
 from zmqagent.wire.types import AutogradMetadata, Message, MessageType
 
-__all__ = ["ForwardAutograd", "ProfiledReturn", "RunWithProfiling"]
+__all__ = ["ForwardAutograd", "ProfiledReturn", "RunWithProfiling", "type_inside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +77,12 @@ class ProfiledReturn:
             raise ProtocolError(f"a {message.type.name} message brings records in a buffer, but none arrived")
         *buffers, records = message.buffers
         return cls(records, Message(known_type(inner_type), inner_fields, message.payload, tuple(buffers), message.tensors))
+
+
+def type_inside(request: Message) -> MessageType:
+    """The type of the message within all wrappers of ``request``, which was made here; its own type if it is no wrapper."""
+    kind, fields = request.type, request.fields
+    while kind in (MessageType.RUN_WITH_PROFILING_REQ, MessageType.FORWARD_AUTOGRAD_REQ):
+        *_, inner_type, fields = fields
+        kind = MessageType(inner_type)
+    return kind
