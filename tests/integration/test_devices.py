@@ -238,6 +238,21 @@ def test_gradients_part_again_where_two_devices_led_to_one() -> None:
     lead(_differentiate_two_that_meet, [{"worker1": {0: "cpu"}}, {}])
 
 
+def _differentiate_in_steps() -> None:
+    weight = torch.ones(2, device="fake:0", requires_grad=True)
+    with dist_autograd.context() as context:
+        doubled = weight * 2
+        far = rpc.rpc_sync("worker1", torch.mul, args=(doubled, 3))
+        # What runs before the gradients of `doubled` come back ends at a node that waits for them.
+        dist_autograd.backward(context, [(far + doubled).sum()])
+        gradient = dist_autograd.get_gradients(context)[weight]
+        assert (places(gradient), gradient.tolist()) == (["fake:0"], [8, 8])
+
+
+def test_a_graph_on_an_accelerator_runs_in_stages() -> None:
+    lead(_differentiate_in_steps, [{"worker1": {0: 0}}, {}])
+
+
 def _differentiate_without_a_way_back() -> None:
     weight = torch.ones(2, requires_grad=True)
     with dist_autograd.context() as context:

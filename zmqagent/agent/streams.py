@@ -58,13 +58,14 @@ class TorchAccelerator:
     def start_copy(self, source: torch.Tensor, destination: torch.Tensor) -> None:
         """See `Accelerator`. On a type of device without events the copy is done when this returns."""
         device = source.device if destination.device.type == "cpu" else destination.device
-        destination.copy_(source, non_blocking=self._knows_events(device))
+        destination.copy_(source, non_blocking=self.knows_events(device))
 
     def record(self, device: torch.device) -> Event:
         """See `Accelerator`."""
-        return _recorded(device) if self._knows_events(device) else _Done()
+        return _recorded(device) if self.knows_events(device) else _Done()
 
-    def _knows_events(self, device: torch.device) -> bool:
+    def knows_events(self, device: torch.device) -> bool:
+        """Whether work on such a device goes on while its caller does."""
         known = self._has_events.get(device.type)
         if known is None:
             try:

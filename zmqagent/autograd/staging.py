@@ -97,7 +97,7 @@ class StagedGraph:
             self._flow_into(edge, result)
 
     def _run_by_nodes(self, nodes: Sequence[Node]) -> None:
-        with stepping_on(list(self._sums.values())):
+        with stepping_on(self._sums):
             for node in nodes:
                 inputs = [self._sums.pop((node, number), None) for number in range(len(node._input_metadata))]
                 if type(node) is RECV_NODE:

@@ -9,7 +9,7 @@ tensor hooks fire only for gradients that are defined.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
+from zmqagent.agent.streams import ACCELERATOR
 from zmqagent.autograd.plan import Edge, Node
 
 __all__ = ["add", "run_node", "run_recv", "stepping_on"]
@@ -121,16 +122,29 @@ def _as_tuple(results: Any) -> tuple[Tensor | None, ...]:
 
 
 @contextmanager
-def stepping_on(gradients: Sequence[Tensor | None]) -> Iterator[None]:
-    """Selects the accelerator that the gradients are on, if any, and orders the steps behind all that it was given before.
+def stepping_on(gradients: Mapping[Edge, Tensor | None]) -> Iterator[None]:
+    """Selects an accelerator that the gradients are on, if any, and orders the steps behind all that these devices were given
+    before, and what comes after behind the steps. The body changes ``gradients``.
 
     The engine knows on which stream each node ran forward; Python cannot ask for that, so a stepped part waits for all streams.
     """
-    device = next((gradient.device for gradient in gradients if gradient is not None and gradient.device.type != "cpu"), None)
-    if device is None or device.type == "meta":
+    devices = _accelerators(gradients.values())
+    if not devices:
         yield
         return
-    torch.accelerator.synchronize(device)
-    with torch.accelerator.device_index(device.index):
+    _wait_for(devices)
+    with torch.accelerator.device_index(devices[0].index):
         yield
-    torch.accelerator.synchronize(device)
+    # Steps may have gone on to other devices.
+    _wait_for(_accelerators(gradients.values()))
+
+
+def _accelerators(gradients: Iterable[Tensor | None]) -> list[torch.device]:
+    devices = dict.fromkeys(gradient.device for gradient in gradients if gradient is not None)
+    return [device for device in devices if device.type not in ("cpu", "meta")]
+
+
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if ACCELERATOR.knows_events(device):
+            torch.accelerator.synchronize(device)
