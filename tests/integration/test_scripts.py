@@ -233,6 +233,31 @@ def _do_what_cannot_work() -> dict[str, Outcome]:
     }
 
 
+@torch.jit.script
+def hand_back(future: Future[Tensor]) -> Tensor:
+    return future.wait()
+
+
+def _wait_for_failures() -> tuple[str, dict[str, Outcome]]:
+    def failed() -> Future[Tensor]:
+        future: Future[Tensor] = rpc.rpc_async("worker1", fails, args=(torch.ones(2),))
+        return future
+
+    def waited() -> Future[Tensor]:
+        return failed().then(lambda future: future.wait())
+
+    in_place_of_a_value = type(hand_back(failed())).__name__
+    return in_place_of_a_value, {"handed back": outcome_of(hand_back, waited()), "used": outcome_of(wait_inside, waited())}
+
+
+def test_a_script_that_waits_for_a_failed_call_raises_if_it_is_given_a_future_that_waited_in_python() -> None:
+    in_place_of_a_value, outcomes = on_group(_wait_for_failures)
+    assert in_place_of_a_value == "Failed"  # as the docs say of a future that did not
+    for name, (kind, text) in outcomes.items():
+        assert issubclass(kind, RuntimeError), name
+        assert "not this one" in text
+
+
 def test_what_cannot_work_fails_at_once_as_the_docs_quote() -> None:
     docs = Path(__file__).parents[2] / "docs" / "compatibility.md"
     for quoted, (kind, text) in on_group(_do_what_cannot_work).items():
@@ -241,11 +266,19 @@ def test_what_cannot_work_fails_at_once_as_the_docs_quote() -> None:
         assert f'"{quoted}"' in docs.read_text()
 
 
+@rpc.functions.async_execution
+@torch.jit.script
+def call_inside_a_fork(to: str, x: Tensor) -> Future[Tensor]:
+    return torch.jit.fork(call_inside, to, x)
+
+
 def _call_what_calls_inside() -> dict[str, Outcome]:
     args = ("worker0", torch.ones(2))
     return {
         "sync": outcome_of(rpc.rpc_sync, "worker1", call_inside, args=args),
         "remote": outcome_of(rpc.remote("worker1", call_inside, args=args).to_here),
+        "in a fork": outcome_of(rpc.rpc_sync, "worker1", call_inside_a_fork, args=args),
+        "in a fork, remote": outcome_of(rpc.remote("worker1", call_inside_a_fork, args=args).to_here),
     }
 
 
@@ -253,6 +286,7 @@ def test_a_script_called_by_rpc_that_makes_a_call_itself_is_told_what_to_do_inst
     for name, (kind, text) in on_group(_call_what_calls_inside).items():
         assert kind is ScriptError, name
         assert "Move the RPC into a Python function that is decorated with torch.jit.ignore" in text
+        assert text.count("On WorkerInfo") == 1
 
 
 # Called from scripts.

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from zmqagent import exceptions
-from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError, RpcError, RRefCreationError, WorkerLostError
+from zmqagent.exceptions import (
+    CalleeError,
+    NotPicklableError,
+    RemoteUserError,
+    RpcError,
+    RRefCreationError,
+    ScriptError,
+    WorkerLostError,
+)
 from zmqagent.rpc import failures
 from zmqagent.rpc.failures import Failed, new_future
 from zmqagent.wire.commands import Failure, Pickled
@@ -123,11 +131,16 @@ def test_an_error_of_this_package_bears_its_code(name: str) -> None:
     assert failure.text == f"On {WORKER}: text"
 
 
-def test_what_an_owner_keeps_is_told_once() -> None:
-    kept = failures.rebuild(describe(KeyError("first told")))
+@pytest.mark.parametrize("error", [ValueError("told"), KeyError("told"), ScriptError("told"), WantsTwo("told", "twice")])
+def test_what_an_owner_keeps_is_told_once(error: Exception) -> None:
+    kept = failures.rebuild(describe(error))
     again = failures.rebuild(failures.describe_kept(kept, WORKER))
-    assert type(again) is KeyError
+    assert type(again) is type(kept)
     assert again.args == kept.args
+    assert str(again).count(f"On {WORKER}") == 1
+
+
+def test_an_owner_without_a_value_tells_why() -> None:
     assert failures.describe_kept(NotPicklableError("x"), WORKER).code == NotPicklableError.code
     assert failures.describe_kept(None, WORKER).code == RRefCreationError.code
 

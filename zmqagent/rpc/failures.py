@@ -54,16 +54,22 @@ def _shown(error: BaseException) -> str:
         shown = repr(error)
     except Exception as why:
         return f"<a {type(error).__qualname__} whose repr fails with {type(why).__name__}>"
-    return shown if any(isinstance(arg, _Legible) for arg in error.args) else _unescaped(shown)
+    return shown if _is_rebuilt(error) else _unescaped(shown)
 
 
 class _Legible(str):
-    """A text that is shown as it is also by those who show the `repr` of it, as `KeyError` does of what it was made of."""
+    """The whole text of an exception from another worker. It is shown as it is also by those who show the `repr` of it, as
+    `KeyError` does of what it was made of."""
 
     __slots__ = ()
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _is_rebuilt(error: BaseException) -> bool:
+    """Whether `rebuild` made ``error``; known of a `KeyError` and of an error of this package."""
+    return any(isinstance(arg, _Legible) for arg in error.args)
 
 
 def _unescaped(text: str) -> str:
@@ -80,11 +86,11 @@ def describe_error(error: RpcError, worker: str) -> Failure:
 
 
 def describe_kept(error: BaseException | None, worker: str) -> Failure:
-    """The `Failure` for an error that an OwnerRRef keeps: an error of this package, or what `rebuild` made when its function
-    failed, which has its whole text already."""
+    """The `Failure` for an error that an OwnerRRef keeps: one that this package gave it, or what `rebuild` made when its
+    function failed, which has its whole text already."""
     if error is None:
         error = RRefCreationError("the RRef has no value and never will")
-    if isinstance(error, RpcError):
+    if isinstance(error, RpcError) and not _is_rebuilt(error):
         return describe_error(error, worker)
     kind = type(error)
     text = str(error.args[0]) if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
@@ -105,21 +111,25 @@ def rebuild(failure: Failure) -> Exception:
     """The exception that ``failure`` describes, as it is raised at the caller."""
     text = failure.text
     if not failure.body.payload:
-        return RemoteUserError(f"a {failure.type_name} was raised, which cannot be sent. {text}")
+        return _substitute(f"a {failure.type_name} was raised, which cannot be sent. {text}")
     try:
         kind = pickler.loads(failure.body)
     except CalleeError:
-        return RemoteUserError(f"a {failure.type_name} was raised, a type that this process does not know. {text}")
+        return _substitute(f"a {failure.type_name} was raised, a type that this process does not know. {text}")
     try:
-        error = kind(_Legible(text) if isinstance(kind, type) and issubclass(kind, KeyError) else text)
+        error = kind(_Legible(text) if isinstance(kind, type) and issubclass(kind, KeyError | RpcError) else text)
     except Exception as why:
         # A constructor that wants other arguments may raise anything.
-        return RemoteUserError(
+        return _substitute(
             f"Failed to create original exception type. Error msg was {why}. Original exception on remote side was {text}"
         )
     if isinstance(error, Exception):
         return error
-    return RemoteUserError(f"a {failure.type_name} was raised. {text}")
+    return _substitute(f"a {failure.type_name} was raised. {text}")
+
+
+def _substitute(text: str) -> RemoteUserError:
+    return RemoteUserError(_Legible(text))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from zmqagent.rpc.profiler import RpcProfiler
 from zmqagent.rpc.recordings import Profile
 from zmqagent.rpc.scripts import check_returns_future
 from zmqagent.rpc.thread_state import clean_state
-from zmqagent.rpc.user_code import on_result, resolve_script_function, run_script
+from zmqagent.rpc.user_code import OnResult, on_result, resolve_script_function, script_ends
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.rref import OwnerRRef, backward_root
 from zmqagent.wire.commands import (
@@ -125,8 +125,8 @@ class RpcRequestCallback:
         self._run(request, self._load_function, call.body, call.is_async, partial(self._answer, request))
 
     def _script_call(self, request: _Request, call: ScriptCall) -> None:
-        load = partial(self._load_script, call)
-        self._run(request, load, call.body, call.is_async, partial(self._answer, request))
+        load, done = partial(self._load_script, call), partial(self._answer, request)
+        self._run(request, load, call.body, call.is_async, done if call.is_builtin else script_ends(done))
 
     def _python_remote_call(self, request: _Request, call: PythonRemoteCall) -> None:
         keep = partial(self._keep, request, call.rref_id, call.fork_id)
@@ -134,14 +134,14 @@ class RpcRequestCallback:
 
     def _script_remote_call(self, request: _Request, call: ScriptRemoteCall) -> None:
         keep = partial(self._keep, request, call.rref_id, call.fork_id)
-        self._run_remote(request, partial(self._load_script, call), call, keep)
+        self._run_remote(request, partial(self._load_script, call), call, keep if call.is_builtin else script_ends(keep))
 
     def _run_remote(
         self,
         request: _Request,
         load: Callable[[Pickled], Callable[[], Any]],
         call: PythonRemoteCall | ScriptRemoteCall,
-        keep: Callable[[Any, BaseException | None], None],
+        keep: OnResult,
     ) -> None:
         # The owner exists from now on, so that fetches which overtake the function find something to wait for.
         self._rrefs.create_owner(call.rref_id, call.fork_id)
@@ -157,7 +157,7 @@ class RpcRequestCallback:
         load: Callable[[Pickled], Callable[[], Any]],
         body: Pickled,
         is_async: bool,
-        done: Callable[[Any, BaseException | None], None],
+        done: OnResult,
     ) -> None:
         with self._rrefs.unpickling() as pending:
             try:
@@ -171,7 +171,7 @@ class RpcRequestCallback:
         request: _Request,
         function: Callable[[], Any],
         is_async: bool,
-        done: Callable[[Any, BaseException | None], None],
+        done: OnResult,
         error: RpcError | None,
     ) -> None:
         with self._contexts.activate(request.context), clean_state():
@@ -195,11 +195,9 @@ class RpcRequestCallback:
             args, kwargs = tuple(args), dict(kwargs)
         except (TypeError, ValueError) as error:
             raise CalleeError(f"a call of {call.name} carries arguments and a dict of named ones: {error}") from error
-        if call.is_builtin:
-            return partial(function, *args, **kwargs)
-        if call.is_async:
+        if call.is_async and not call.is_builtin:
             check_returns_future(function)
-        return partial(run_script, function, *args, **kwargs)
+        return partial(function, *args, **kwargs)
 
     def _describe(self, error: BaseException) -> Failure:
         return failures.describe_exception(error, self._me())

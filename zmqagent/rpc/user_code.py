@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.futures import Future
 
-from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError, ScriptError
+from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError, RpcError, ScriptError
 
-__all__ = ["on_result", "resolve_script_function", "run_script"]
+__all__ = ["OnResult", "on_result", "resolve_script_function", "script_ends"]
 
 OnResult = Callable[[Any, "BaseException | None"], None]
 
@@ -40,22 +40,25 @@ def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
     return function
 
 
-def run_script(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a TorchScript function.
+def script_ends(done: OnResult) -> OnResult:
+    """``done`` for a call of a TorchScript function: errors, also those of a future it returned, reach it as `script_error`s."""
+    return lambda value, error: done(value, script_error(error) if isinstance(error, Exception) else error)
 
-    Raises:
-        ScriptError: it makes an RPC of its own.
-        RemoteUserError: it raised. Exceptions have no types in TorchScript, and torch's own agent answers a RuntimeError.
-    """
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        if _NO_AGENT_IN_SCRIPT in str(error):
-            raise ScriptError(
-                "RPC inside TorchScript runs in C++, which cannot reach this agent. Move the RPC into a Python function that is "
-                f"decorated with torch.jit.ignore, and call that. TorchScript says: {error}"
-            ) from error
-        raise RemoteUserError(f"the TorchScript function failed with {type(error).__name__}: {error}") from error
+
+def script_error(error: Exception) -> RpcError:
+    """What a TorchScript function's caller gets for ``error``: an error of this package as it is, for what torch's code raised a
+    ScriptError where the function makes an RPC of its own, and else a RemoteUserError. Exceptions have no types in TorchScript,
+    and torch's own agent answers a RuntimeError."""
+    if isinstance(error, RpcError):
+        return error
+    told: RpcError = RemoteUserError(f"the TorchScript function failed with {type(error).__name__}: {error}")
+    if _NO_AGENT_IN_SCRIPT in str(error):
+        told = ScriptError(
+            "RPC inside TorchScript runs in C++, which cannot reach this agent. Move the RPC into a Python function that is "
+            f"decorated with torch.jit.ignore, and call that. TorchScript says: {error}"
+        )
+    told.__cause__ = error
+    return told
 
 
 def on_result(function: Callable[[], Any], is_async: bool, done: OnResult) -> None:
