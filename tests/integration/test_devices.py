@@ -103,14 +103,24 @@ def test_an_rrefs_value_goes_where_the_map_of_who_fetches_it_says() -> None:
     lead(_fetch_rrefs, [FORTH[0], {"worker0": {2: 3}, "worker1": {1: 1}}])
 
 
+_noted: list[Tensor] = []
+
+
+def note_call(tensor: Tensor) -> None:
+    _noted.append(tensor)
+
+
+def calls_noted() -> list[Tensor]:
+    return _noted
+
+
 def _send_without_a_map() -> None:
     text = "Request device mapping is not available for destination worker1, but found tensor on device: fake:3"
     with pytest.raises(DeviceMapError, match=text):
-        rpc.rpc_async("worker1", places, args=(made_on("fake:3"),))
+        rpc.rpc_async("worker1", note_call, args=(made_on("fake:3"),))
     with pytest.raises(DeviceMapError, match=text):
-        rpc.remote("worker1", places, args=(made_on("fake:3"),))
-    agent: Any = rpc.api._get_current_rpc_agent()
-    assert agent.get_metrics()["agent.client_active_calls"] == "0"
+        rpc.remote("worker1", note_call, args=(made_on("fake:3"),))
+    assert rpc.rpc_sync("worker1", calls_noted) == []
     text = "Response device mapping is not available for destination worker0, but found tensor on device: fake:2"
     with pytest.raises(DeviceMapError, match=text):
         rpc.rpc_sync("worker1", made_on, args=("fake:2",))
