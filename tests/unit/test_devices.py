@@ -78,6 +78,15 @@ def test_accelerators_of_any_type_are_accepted() -> None:
     validate({"a": WorkerDevices(1, {"a": {xpu: xpu}}, [], "xpu")})
 
 
+def test_a_map_may_lead_from_one_type_of_accelerator_to_another() -> None:
+    xpu = torch.device("xpu:0")
+    workers = {"a": WorkerDevices(1, {"b": {xpu: GPU[0]}}, [], "xpu"), "b": WorkerDevices(1, {}, [], "cuda")}
+    validate(workers)
+    assert reverse_map(workers["a"], "b") == {GPU[0]: xpu}
+    with pytest.raises(InvalidOptionError, match="target devices with invalid indices"):
+        validate(workers | {"b": WorkerDevices(1, {}, [], "xpu")})
+
+
 def test_a_map_in_a_dynamic_group_may_name_a_worker_that_is_yet_to_come() -> None:
     workers = {"a": WorkerDevices(1, {"later": {GPU[0]: GPU[3]}}, [])}
     validate(workers, is_static_group=False)

@@ -161,3 +161,9 @@ def test_tensorpipes_options_are_taken_over() -> None:
     assert ours.init_method == "tcp://localhost:1"
     assert ours.device_maps == {"a": {CUDA0: CUDA1}}
     assert ours.devices == [CUDA0]
+
+
+def test_the_cpu_has_no_number_as_tensors_have_it() -> None:
+    options = ZmqRpcBackendOptions(device_maps={"b": {"cpu:0": "cuda:0", torch.device("cuda", 1): torch.device("cpu", 0)}})
+    cpu = torch.device("cpu")
+    assert options.device_maps["b"] == {cpu: torch.device("cuda:0"), torch.device("cuda:1"): cpu}
