@@ -11,7 +11,7 @@ supplies the fixtures, starts the tests quickly, and tells what became of them::
 `fixtures`      what a suite needs to know of a backend, and what happens in each rank of a test
 `process`       one test in a process group of its own: started, watched, ended
 `causes`        from pages of tracebacks to the one line that tells why
-`exclusions`    the tests that prove nothing of a backend, or are known to fail, each with its reason
+`exclusions`    the tests that prove nothing of a backend, each with its reason
 `report`        lines, totals, JSON
 `table`         JSON of two backends to a table for the docs
 ==============  ====================================================================================

@@ -1,12 +1,8 @@
-"""Tests that are not run on a backend, and tests whose failure is known; each with its reason.
-
-A test that is not applicable is counted as skipped. A test known to fail, always or at times, is run; a failure is counted as
-such, but does not make the run fail.
-"""
+"""Tests that are not run on a backend, each with its reason; they are counted as skipped."""
 
 from __future__ import annotations
 
-__all__ = ["KNOWN_FAILURES", "NOT_APPLICABLE"]
+__all__ = ["NOT_APPLICABLE"]
 
 _NAMES_TENSORPIPE = "names TENSORPIPE (or FAULTY_TENSORPIPE) itself, so that it proves nothing of another backend"
 
@@ -91,7 +87,4 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
         **{test: reason for reason, tests in _SCRIPT_TESTS.items() for test in _each(tests, reason)},
     },
 }
-"""Backend -> ``Suite.test`` -> reason."""
-
-KNOWN_FAILURES: dict[str, dict[str, str]] = {"ZMQ": {}}
 """Backend -> ``Suite.test`` -> reason."""

@@ -13,15 +13,17 @@ __all__ = ["table"]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table of what the runs (as `Report.write_json` wrote them) passed, a row a suite, and of what they did not."""
+    """A Markdown table of what became of each suite in the runs (as `Report.write_json` wrote them), and of what did not pass."""
     backends = [run["backend"] for run in runs]
     verdicts = [{(test["suite"], test["test"]): test for test in run["tests"]} for run in runs]
     names = list(dict.fromkeys(name for tests in verdicts for name in tests))
-    lines = [_row("suite", "tests", *backends), _row("---", "---:", *("---:" for _ in runs))]
+    heads = [head for backend in backends for head in (f"{backend}: passed", "failed", "skipped")]
+    lines = [f"torch {', '.join(dict.fromkeys(run['torch'] for run in runs))}:", ""]
+    lines += [_row("suite", "tests", *heads), _row("---", "---:", *("---:" for _ in heads))]
     for suite in dict.fromkeys(suite for suite, _ in names):
         own = [name for name in names if name[0] == suite]
-        lines.append(_row(suite, str(len(own)), *(_passed(tests, own) for tests in verdicts)))
-    lines.append(_row("**all**", str(len(names)), *(_passed(tests, names) for tests in verdicts)))
+        lines.append(_row(suite, str(len(own)), *_counts(verdicts, own)))
+    lines.append(_row("**all**", str(len(names)), *_counts(verdicts, names)))
     rest = [name for name in names if any(_verdict(tests, name) != "passed" for tests in verdicts)]
     if rest:
         lines += ["", _row("not passed everywhere", *backends), _row("---", *("---" for _ in runs))]
@@ -33,8 +35,9 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _passed(tests: dict[tuple[str, str], dict[str, Any]], names: list[tuple[str, str]]) -> str:
-    return str(Counter(_verdict(tests, name) for name in names)["passed"])
+def _counts(runs: list[dict[tuple[str, str], dict[str, Any]]], names: list[tuple[str, str]]) -> list[str]:
+    counts = [Counter(_verdict(tests, name) for name in names) for tests in runs]
+    return [str(count[verdict]) for count in counts for verdict in ("passed", "failed", "skipped")]
 
 
 def _verdict(tests: dict[tuple[str, str], dict[str, Any]], name: tuple[str, str]) -> str:

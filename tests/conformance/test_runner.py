@@ -13,7 +13,7 @@ import pytest
 
 from tests.conformance import __main__, process, suites
 from tests.conformance.causes import Verdict, find_cause
-from tests.conformance.exclusions import KNOWN_FAILURES, NOT_APPLICABLE
+from tests.conformance.exclusions import NOT_APPLICABLE
 from tests.conformance.fixtures import BACKENDS
 from tests.conformance.process import Outcome, RunningTest, missing_agents
 from tests.conformance.report import Report
@@ -152,26 +152,29 @@ def test_the_logs_are_searched_when_the_result_tells_nothing() -> None:
     assert find_cause(text, logs) == "[rank1] TypeError: no such thing"
 
 
-def test_only_unknown_failures_make_a_run_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("ZMQ", {"S.test_known": "a reason"}, 3)
-    report.add(Outcome("S", "test_known", Verdict.FAILED, 1.0, "cause 1"))
+def test_a_failure_makes_the_run_fail_and_is_printed_with_its_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("ZMQ", 3)
     report.add(Outcome("S", "test_passes", Verdict.PASSED, 1.0))
-    assert report.unknown_failures == []
-    report.add(Outcome("S", "test_new", Verdict.FAILED, 1.0, "cause 2"))
-    assert [outcome.test for outcome in report.unknown_failures] == ["test_new"]
+    report.add(Outcome("S", "test_left_out", Verdict.SKIPPED, 0.0, "not applicable"))
+    assert not report.has_failures
+    report.add(Outcome("S", "test_fails", Verdict.FAILED, 1.0, "cause"))
+    assert report.has_failures
     report.close(3.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "KNOWN S.test_known (1.0 s)  cause 1"
-    assert lines[1] == "FAIL  S.test_new (1.0 s)  cause 2"
-    assert lines[-1] == "1 passed, 2 failed, 0 skipped"
+    assert lines[0] == "FAIL  S.test_fails (1.0 s)  cause"
+    assert lines[-1] == "1 passed, 1 failed, 1 skipped"
 
 
 def test_the_table_shows_both_backends_and_what_did_not_pass() -> None:
     passed = {"suite": "S", "test": "a", "verdict": "passed", "cause": ""}
     failed = {"suite": "S", "test": "b", "verdict": "failed", "cause": "x | y"}
-    runs = [{"backend": "ZMQ", "tests": [passed, failed]}, {"backend": "TENSORPIPE", "tests": [passed]}]
+    runs = [
+        {"backend": "ZMQ", "torch": "2.13.0+cpu", "tests": [passed, failed]},
+        {"backend": "TENSORPIPE", "torch": "2.13.0+cpu", "tests": [passed]},
+    ]
     lines = table(runs).splitlines()
-    assert "| S | 2 | 1 | 1 |" in lines
+    assert lines[0] == "torch 2.13.0+cpu:"
+    assert "| S | 2 | 1 | 1 | 0 | 1 | 0 | 0 |" in lines
     assert lines[-1] == "| S.b | failed: x \\| y | not run |"
 
 
@@ -180,9 +183,8 @@ def test_the_table_shows_both_backends_and_what_did_not_pass() -> None:
 
 def test_every_exclusion_is_one_of_torchs_tests_and_stands_once() -> None:
     tests = {f"{suite}.{test}" for suite in suites.SUITES for test in suites.test_names(suite)}
-    for excluded, known in ((NOT_APPLICABLE.get(backend, {}), KNOWN_FAILURES.get(backend, {})) for backend in BACKENDS):
-        assert excluded.keys() | known.keys() <= tests
-        assert not excluded.keys() & known.keys()
+    for backend in BACKENDS:
+        assert NOT_APPLICABLE.get(backend, {}).keys() <= tests
 
 
 def test_no_more_than_45_tests_are_left_out_for_torchscript() -> None:
