@@ -185,7 +185,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
                 raise InvalidOptionError(
                     f"`set_device_map` only supports 1-to-1 mapping, trying to map {here} to {there} and {known[here]}"
                 )
-        self._device_maps[to] = known | added
+        self._device_maps[to] = _device_map(known | added)
 
     def set_devices(self, devices: Iterable[DeviceLike]) -> None:
         """Sets this worker's accelerators.

@@ -44,6 +44,8 @@ GOOD = {
 def test_maps_that_fit_are_accepted() -> None:
     validate(GOOD)
     validate({})
+    # A list of accelerators says nothing of the CPU, which every worker has.
+    validate({"a": WorkerDevices(2, {"b": {CPU: GPU[0]}}, [GPU[0]]), "b": WorkerDevices(2, {"a": {GPU[0]: CPU}}, [GPU[0]])})
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,13 @@ def test_a_device_that_is_mapped_keeps_its_target() -> None:
     assert options.device_maps == {"a": {CUDA0: CUDA1}}
 
 
+def test_two_devices_never_go_to_one_though_given_in_two_calls() -> None:
+    options = ZmqRpcBackendOptions(device_maps={"a": {"cuda:0": "cuda:1"}})
+    with pytest.raises(InvalidOptionError, match="only supports 1-to-1 mapping, trying to map cuda:1 and cuda:0 to cuda:1"):
+        options.set_device_map("a", {"cuda:1": "cuda:1"})
+    assert options.device_maps == {"a": {CUDA0: CUDA1}}
+
+
 def test_the_options_own_their_maps_and_lists() -> None:
     maps: dict[str, dict[Any, Any]] = {"a": {"cuda:0": "cuda:1"}}
     devices: list[Any] = ["cuda:0"]

@@ -148,7 +148,7 @@ def _validate_map(
         ends.append(("target", target, list(device_map.values())))
     for end, owner, devices in ends:
         if owner.devices:
-            if not set(devices) <= set(owner.devices):
+            if not set(devices) <= {_CPU, *owner.devices}:
                 raise InvalidOptionError(f"Node {name} has unexpected {end} devices {told}\ndevices = {list(owner.devices)}")
         elif not _exist(devices, owner):
             raise InvalidOptionError(
