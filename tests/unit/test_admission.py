@@ -16,7 +16,7 @@ from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.base import Reply, Respond
 from zmqagent.agent.membership_events import MemberState
 from zmqagent.agent.roster import Roster
-from zmqagent.exceptions import InvalidOptionError, RpcError, RpcTimeoutError, WorkerLostError
+from zmqagent.exceptions import InvalidOptionError, RendezvousError, RpcError, RpcTimeoutError, WorkerLostError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.hosts import describe_self
 from zmqagent.transport.zmq import ZmqTransport
@@ -197,3 +197,21 @@ def test_a_newcomer_of_an_illegal_name_is_not_taken_in_and_that_is_logged(town: 
         first.agent._serve(WorkerId(5), Join(**card).to_message(), lambda message: True)
     assert "worker worker-0 does not take in worker 5: Worker name must match" in caplog.text
     assert first.names() == ["worker-0"]
+
+
+def test_a_newcomer_that_is_refused_hears_why_and_is_forgotten_when_it_goes(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    first = town.come(0)
+    newcomer = Node(town.store, 1)
+    town.nodes.append(newcomer)
+    newcomer.start()
+    admission = newcomer.agent._admission
+    assert admission is not None
+    admission._me = dataclasses.replace(newcomer.record, name="no name")
+    with pytest.raises(RendezvousError, match=r"could not join: .*Worker name must match"):
+        newcomer.agent.announce(DEADLINE_S)
+    # Its goodbye was answered.
+    assert "did not answer to that" not in caplog.text
+    assert first.names() == ["worker-0"]
+    newcomer.agent.shutdown()
+    again = town.come(1)
+    assert value(first.ask(again)) == value(again.ask(first)) == b"served"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class Agent:
 
     def __init__(self, *names: str) -> None:
         self.members: dict[str, Member] = {}
+        self.former: list[Member] = []
         for name in names:
             self.put(name)
 
@@ -37,15 +39,25 @@ class Agent:
         self.members[name] = Member(record, state, 0.0, "it shut down")
 
     def get_members(self) -> tuple[Member, ...]:
-        return tuple(self.members.values())
+        return (*self.former, *self.members.values())
+
+    def find_member(self, name: str) -> Member:
+        if name not in self.members:
+            raise UnknownWorkerError(f"could not find destination {name}")
+        return self.members[name]
+
+    def replace(self, name: str) -> None:
+        """Worker ``name`` has left and come back under another id."""
+        record = self.members[name].record
+        self.former.append(Member(record, MemberState.LEFT, 0.0, "it shut down"))
+        again = replace(record, worker_id=WorkerId(50), incarnation=150, ordinal=50)
+        self.members[name] = Member(again, MemberState.UP, 0.0)
 
     def get_worker_infos(self) -> list[WorkerInfo]:
         return [WorkerInfo(m.record.name, m.record.worker_id) for m in self.members.values() if not m.state.is_gone]
 
-    def get_worker_info(self, name: str = "a") -> WorkerInfo:
-        if name not in self.members:
-            raise UnknownWorkerError(f"could not find destination {name}")
-        return WorkerInfo(name, self.members[name].record.worker_id)
+    def get_worker_info(self) -> WorkerInfo:
+        return WorkerInfo("a", 0)
 
 
 class Group:
@@ -118,6 +130,35 @@ def test_the_end_of_one_that_was_named_ends_the_gathering(group: Group, state: M
     assert isinstance(group.told["b"].error, WorkerLostError)
     with pytest.raises(WorkerLostError, match=r"worker 'c' \(2\) is not in the group any more: it shut down"):
         group.gatherings.gather("A", ["a", "b", "c"])
+
+
+def test_one_that_came_back_under_another_id_is_who_its_name_means(group: Group) -> None:
+    group.agent.replace("b")
+    group.give("b", "a", "b")
+    assert group.gatherings.gather("A", ["a", "b"]) == {"a": "A", "b": "B"}
+
+
+def test_a_former_member_leads_no_gathering_of_its_name(group: Group) -> None:
+    group.agent.replace("a")
+    # Worker b joined before a came back, and leads.
+    leader = group.gatherings._leader(("a", "b"))
+    assert leader.record.name == "b"
+
+
+def test_one_whose_name_nobody_bears_any_more_ends_the_gathering(group: Group) -> None:
+    group.give("b", "a", "b", "c")
+    del group.agent.members["c"]
+    group.gatherings.on_change()
+    assert isinstance(group.told["b"].error, WorkerLostError)
+
+
+def test_one_that_the_leader_has_not_heard_of_yet_is_waited_for(group: Group) -> None:
+    group.give("b", "a", "b", "d")
+    group.give("a", "a", "b", "d")
+    assert group.told == {}
+    group.change("d")
+    group.give("d", "a", "b", "d")
+    assert group.told["a"].objects == {"a": "A", "b": "B", "d": "D"}
 
 
 def test_names_have_to_be_members_and_hold_this_worker(group: Group) -> None:

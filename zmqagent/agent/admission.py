@@ -29,7 +29,7 @@ from zmqagent.exceptions import (
     ShutdownError,
     WorkerLostError,
 )
-from zmqagent.transport.base import PeerRecord
+from zmqagent.transport.base import PeerRecord, Transport
 from zmqagent.wire.commands import Ack, Join, Leave, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
@@ -68,16 +68,24 @@ class Admission:
     Args:
         me: this worker.
         group: its view of the group.
+        transport: for answers to those whom the group does not take in.
         exchange: for what is announced.
         roster: keeps the directory.
         tell: runs a task after all news of other workers that were told before.
     """
 
     def __init__(
-        self, me: PeerRecord, group: Group, exchange: Exchange, roster: Departures, tell: Callable[[Task], None]
+        self,
+        me: PeerRecord,
+        group: Group,
+        transport: Transport,
+        exchange: Exchange,
+        roster: Departures,
+        tell: Callable[[Task], None],
     ) -> None:
         self._me = me
         self._group = group
+        self._transport = transport
         self._exchange = exchange
         self._roster = roster
         self._tell = tell
@@ -87,6 +95,8 @@ class Admission:
         self._changed = threading.Condition()
         self._ended: set[Announcement] = set()
         self._refusal: RpcError | None = None
+        # By id, the incarnation that was told it cannot join and has not said goodbye. Single steps of the interpreter change it.
+        self._refused: dict[WorkerId, int] = {}
 
     # This worker joins.
 
@@ -173,11 +183,12 @@ class Admission:
         """Serves the announcement of another worker."""
         command = parse(message)
         if isinstance(command, Join):
+            newcomer = PeerRecord(**{**asdict(command), "worker_id": WorkerId(command.worker_id)})
             try:
-                self._group.join(PeerRecord(**{**asdict(command), "worker_id": WorkerId(command.worker_id)}))
-            except InvalidOptionError as error:
-                # Only whoever is in the group can be answered.
+                self._group.join(newcomer)
+            except (InvalidOptionError, ProtocolError) as error:
                 _logger.warning("worker %s does not take in worker %d: %s", self._me.name, source, error)
+                self._prepare_refusal(newcomer)
                 raise
 
             def answer() -> None:
@@ -191,6 +202,23 @@ class Admission:
                 respond(Ack(MessageType.LEAVE_RESP).to_message())
 
             self._group.on_goodbye(source, command.incarnation, command.reason, acknowledge)
+            self._end_refusal(source, command.incarnation)
+
+    def _prepare_refusal(self, newcomer: PeerRecord) -> None:
+        """Makes it possible to answer ``newcomer``, now and when it says goodbye, though it is no member."""
+        if not self._is_member(newcomer.worker_id):
+            self._refused[newcomer.worker_id] = newcomer.incarnation
+            self._transport.connect(newcomer)
+
+    def _end_refusal(self, source: WorkerId, incarnation: int) -> None:
+        if self._refused.get(source) == incarnation:
+            del self._refused[source]
+            if not self._is_member(source):
+                self._transport.disconnect(source)
+
+    def _is_member(self, worker_id: WorkerId) -> bool:
+        """Whether the transport's connection to ``worker_id`` is that of a member."""
+        return any(m.record.worker_id == worker_id and not m.state.is_gone for m in self._group.members())
 
     def forget(self, record: PeerRecord) -> None:
         """A member was lost: its name and id are free for others."""

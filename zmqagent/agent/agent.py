@@ -107,7 +107,9 @@ class ZmqRpcAgent:
         self._farewell = Farewell(self._group, self._exchange)
         self._news = News(self._exchange.submit)
         self._barriers = Barriers(me, self._group, self._exchange, self._wait)
-        self._admission = None if roster is None else Admission(me, self._group, self._exchange, roster, self._news.tell)
+        self._admission = (
+            None if roster is None else Admission(me, self._group, transport, self._exchange, roster, self._news.tell)
+        )
         self._executor = Executor(self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}")
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
@@ -240,6 +242,10 @@ class ZmqRpcAgent:
         """The WorkerInfos of all members, by id; of a dynamic group those who are there at the moment."""
         members = [m for m in self._group.members() if self.is_static_group or not m.state.is_gone]
         return [WorkerInfo(member.record.name, member.record.worker_id) for member in members]
+
+    def find_member(self, name: str) -> Member:
+        """The member that bears ``name`` now, or bore it last; raises `UnknownWorkerError` if there is none."""
+        return self._group.find(name)
 
     def get_members(self) -> tuple[Member, ...]:
         """All members that there are or were, by id, with their states."""

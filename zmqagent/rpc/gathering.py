@@ -22,7 +22,15 @@ from torch.futures import Future
 from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.base import NO_TIMEOUT, UNSET_TIMEOUT
 from zmqagent.agent.membership_events import Member, MemberState
-from zmqagent.exceptions import InvalidOptionError, NotInitializedError, RpcError, RpcTimeoutError, ShutdownError, WorkerLostError
+from zmqagent.exceptions import (
+    InvalidOptionError,
+    NotInitializedError,
+    RpcError,
+    RpcTimeoutError,
+    ShutdownError,
+    UnknownWorkerError,
+    WorkerLostError,
+)
 
 __all__ = ["Gatherings", "contribute"]
 
@@ -43,6 +51,8 @@ class _Gathering:
 
     objects: dict[str, Any] = field(default_factory=dict)
     waiters: list[Callable[[_Outcome], None]] = field(default_factory=list)
+    met: set[str] = field(default_factory=set)
+    """Those named whom the leader has known meanwhile. Of others it may hear later than whoever named them."""
 
 
 class Gatherings:
@@ -125,9 +135,9 @@ class Gatherings:
 
     def _leader(self, names: Names) -> Member:
         if names:
-            for name in names:
-                self._agent.get_worker_info(name)
-        members = [m for m in self._agent.get_members() if (m.record.name in names if names else not m.state.is_gone)]
+            members = [self._agent.find_member(name) for name in names]
+        else:
+            members = [m for m in self._agent.get_members() if not m.state.is_gone]
         return min(members, key=lambda member: member.record.ordinal)
 
     def _lead(self, names: Names, obj: Any, timeout: float, deadline: float) -> _Outcome:
@@ -195,14 +205,30 @@ class Gatherings:
 
     def _outcome(self, names: Names) -> _Outcome | None:
         """What has become of a gathering; None as long as it goes on."""
-        objects = self._pending[names].objects
-        for member in self._agent.get_members():
-            if member.record.name in names and member.state.is_gone:
+        gathering = self._pending[names]
+        objects = gathering.objects
+        for name in names:
+            member = self._find(name)
+            if member is None:
+                if name in gathering.met:
+                    return _Outcome(
+                        error=WorkerLostError(f"worker {name!r} is not in the group any more: another has its id now")
+                    )
+                continue
+            gathering.met.add(name)
+            if member.state.is_gone:
                 return _Outcome(error=WorkerLostError(f"worker {member} is not in the group any more: {member.reason}"))
         participants = self._participants(names)
         if participants <= objects.keys():
             return _Outcome({name: objects[name] for name in sorted(participants)})
         return None
+
+    def _find(self, name: str) -> Member | None:
+        """Who bears a name now; None if only others have heard of that worker yet."""
+        try:
+            return self._agent.find_member(name)
+        except UnknownWorkerError:
+            return None
 
 
 @functions.async_execution  # type: ignore[untyped-decorator]
