@@ -179,13 +179,13 @@ class TestRefusals:
     def test_a_disconnected_destination(self, worker: Make) -> None:
         a, b = worker(0), worker(1)
         introduce(a, b)
-        a.transport.disconnect(b.id)
+        a.transport.disconnect(b.id, b.record.incarnation)
         with pytest.raises(UnknownWorkerError):
             a.transport.send(b.id, [b"x"])
 
     def test_disconnecting_a_stranger_is_ignored(self, worker: Make) -> None:
         a = worker(0)
-        a.transport.disconnect(WorkerId(7))
+        a.transport.disconnect(WorkerId(7), 1)
         assert a.transport.receive(0) is None
 
     def test_sending_after_close(self, worker: Make) -> None:
@@ -225,7 +225,7 @@ class TestEnd:
         introduce(a, b)
         for _ in range(10):
             a.transport.send(b.id, [pattern(MIB)])
-        a.transport.disconnect(b.id)
+        a.transport.disconnect(b.id, b.record.incarnation)
         for _ in range(10):
             assert b.message() == [pattern(MIB)]
 
@@ -234,7 +234,7 @@ class TestEnd:
         introduce(a, b)
         for _ in range(10):
             a.transport.send(b.id, [pattern(MIB)])
-        a.transport.disconnect(b.id)
+        a.transport.disconnect(b.id, b.record.incarnation)
         a.transport.close(linger=0.01)
         a.transport.close()
 

@@ -136,7 +136,7 @@ class TestDeathOnThisHost:
             assert isinstance(a.event(), PeerUp)
             child.kill()
             child.join(PATIENCE)
-            a.transport.disconnect(peer.worker_id)
+            a.transport.disconnect(peer.worker_id, peer.incarnation)
             a.transport.connect(a.record)
             assert a.event() == PeerUp(a.id, a.record.incarnation)
             assert a.transport.receive(0.05) is None
@@ -239,7 +239,7 @@ class TestAddresses:
         a.transport.connect(elsewhere(b.record))
         a.transport.send(b.id, [b"by tcp"])
         assert b.message() == [b"by tcp"]
-        a.transport.disconnect(b.id)
+        a.transport.disconnect(b.id, b.record.incarnation)
         a.transport.connect(elsewhere(dataclasses.replace(b.record, addresses=b.record.addresses[:1])))
         with pytest.raises(WorkerLostError):
             a.transport.send(b.id, [b"by ipc"])
@@ -251,7 +251,7 @@ class TestAddresses:
         assert isinstance(a.event(), PeerUp)
         a.transport.send(b.id, [b"six"])
         assert b.message() == [b"six"]
-        a.transport.disconnect(b.id)
+        a.transport.disconnect(b.id, b.record.incarnation)
         assert a.transport.receive(0.01) is None
 
     def test_a_name_is_published_as_a_number(self, make_zmq: Callable[..., Worker]) -> None:
@@ -336,10 +336,10 @@ def test_a_parting_socket_is_closed_when_its_time_is_over(worker: Make, monkeypa
     a.transport.connect(b.record)
     before = len(a.transport._parting)  # type: ignore[attr-defined]
     a.transport.send(b.id, [b"x"])
-    a.transport.disconnect(b.id)
+    a.transport.disconnect(b.id, b.record.incarnation)
     parting = [socket for _, socket in a.transport._parting]  # type: ignore[attr-defined]
     assert len(parting) == before + 1
-    a.transport.disconnect(b.id)
+    a.transport.disconnect(b.id, b.record.incarnation)
     assert all(socket.closed for socket in parting)
     assert a.transport._parting == []  # type: ignore[attr-defined]
 
@@ -417,7 +417,7 @@ from zmqagent.exceptions import ShutdownError
 child = os.fork()
 if child == 0:
     refused = 0
-    for act in (lambda: a.transport.send(1, [b"x"]), lambda: a.transport.connect(b.record), lambda: a.transport.disconnect(1)):
+    for act in (lambda: a.transport.send(1, [b"x"]), lambda: a.transport.connect(b.record), lambda: a.transport.disconnect(1, 2)):
         try:
             act()
         except ShutdownError as error:

@@ -203,8 +203,9 @@ class World:
                     life.links[record.worker_id] = record.incarnation
                     if self.lives[record.incarnation].phase is Phase.DEAD:
                         self._unnoticed.append((life.record.incarnation, record))
-                case ev.Disconnect(worker_id=worker_id):
-                    life.links.pop(worker_id, None)
+                case ev.Disconnect(worker_id=worker_id, incarnation=incarnation):
+                    if life.links.get(worker_id) == incarnation:
+                        del life.links[worker_id]
                 case ev.SendAnnouncement(what=what, to=to):
                     self._send(to.incarnation, what.value, life.record)
                 case ev.Acknowledge(token=PeerRecord() as source):

@@ -39,7 +39,7 @@ class _Queues(Transport):
     def connect(self, peer: PeerRecord) -> None:
         """Everybody is connected."""
 
-    def disconnect(self, worker_id: WorkerId) -> None:
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
         """Nobody is."""
 
     def send(self, to: WorkerId, frames: Frames) -> None:

@@ -65,7 +65,7 @@ _REQUESTS: list[c.Command] = [
     c.Barrier("tag", 3),
     c.Join("carol", 2, 30, "elsewhere", 1, ("tcp://127.0.0.1:1",), 0, 1, ""),
     c.Leave(30, "reason"),
-    c.Goodbye("reason"),
+    c.Goodbye(1, "reason"),
 ]
 
 REQUESTS: dict[MessageType, Message] = {message.type: message for message in (command.to_message() for command in _REQUESTS)}

@@ -43,7 +43,7 @@ COMMANDS: list[c.Command] = [
     c.Failure(22, "ShutdownError", "gone", BODY),
     c.Barrier("join", 3),
     c.BarrierPassed(12),
-    c.Goodbye("done"),
+    c.Goodbye(1, "done"),
     c.Join("worker-1", 1, (1 << 63) - 1, "host", 4711, ("ipc://a", "tcp://b:1"), 99, 3, "[1]"),
     c.Leave((1 << 63) - 1, "done"),
 ]

@@ -59,7 +59,7 @@ class Recorder(Transport):
     def connect(self, peer: PeerRecord) -> None:
         """Everybody is connected."""
 
-    def disconnect(self, worker_id: WorkerId) -> None:
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
         """Nobody is."""
 
     def send(self, to: WorkerId, frames: Frames) -> None:
@@ -355,7 +355,7 @@ def test_requests_that_wait_for_something_are_counted(side: Side) -> None:
 def test_who_waits_at_a_barrier_or_says_goodbye_is_idle(side: Side) -> None:
     side.ask(Barrier("tag", 0).to_message())
     assert side.exchange.activity.active() == (0, 0)
-    task = side.take_in(Goodbye("done").to_message(), 0)
+    task = side.take_in(Goodbye(1, "done").to_message(), 0)
     assert task is not None
     task()
     assert side.exchange.activity.active() == (0, 0)
@@ -376,7 +376,7 @@ def test_an_answer_to_a_caller_that_is_gone_is_let_go(side: Side) -> None:
 
 
 def test_a_notice_has_a_number_of_its_own_and_no_answer(side: Side) -> None:
-    side.exchange.notify(BOB, Goodbye("done").to_message())
+    side.exchange.notify(BOB, Goodbye(1, "done").to_message())
     assert len(side.transport.sent) == 1
     assert side.exchange.activity.active() == (0, 0)
 
@@ -413,7 +413,7 @@ def test_everything_that_is_sent_goes_through_the_detour(bent: Side, bend: Bend,
     bent.ask(DELETE, retry=True)
     now += 1.0
     bent.exchange.tick()
-    bent.exchange.notify(BOB, Goodbye("done").to_message())
+    bent.exchange.notify(BOB, Goodbye(1, "done").to_message())
     task = bent.take_in(CALL, 0)
     assert task is not None
     task()

@@ -38,7 +38,7 @@ class Switchboard(Transport):
         self.on_connect()
         self.connected.append(peer.worker_id)
 
-    def disconnect(self, worker_id: WorkerId) -> None:
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
         self.connected.remove(worker_id)
 
     def send(self, to: WorkerId, frames: Frames) -> None:

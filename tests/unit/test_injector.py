@@ -53,7 +53,7 @@ def test_what_no_fault_concerns_passes_at_once(senders: list[Sender]) -> None:
     senders.append(
         sender := Sender(num_fail_sends=9, messages_to_fail=["PYTHON_CALL"], messages_to_delay={"SCRIPT_CALL": LONG_S})
     )
-    for message in (FETCH, CleanupContext(3).to_message(), Goodbye("done").to_message()):
+    for message in (FETCH, CleanupContext(3).to_message(), Goodbye(1, "done").to_message()):
         frames = sender.send(message)
         assert sender.delivered.get_nowait() == (frames, threading.current_thread())
 

@@ -211,8 +211,8 @@ def test_only_peers_can_be_sent_to() -> None:
     with pytest.raises(UnknownWorkerError, match="worker0 is not connected to worker 7"):
         a.send(WorkerId(7), [b"x"])
     a.send(B, [b"accepted"])
-    a.disconnect(B)
-    a.disconnect(B)
+    a.disconnect(B, b.record.incarnation)
+    a.disconnect(B, b.record.incarnation)
     with pytest.raises(UnknownWorkerError):
         a.send(B, [b"x"])
     assert received(b) == [b"accepted"]

@@ -184,7 +184,7 @@ class TestVerdicts:
         assert isinstance(gone, WorkerGone)
         assert gone.expected
         assert "has left the group: shutdown" in str(gone.error)
-        assert disconnect == Disconnect(WorkerId(1))
+        assert disconnect == Disconnect(WorkerId(1), 101)
         assert state(membership, 1) is MemberState.LEFT
         assert membership.handle(goodbye(1), 2.0) == []
 
@@ -419,7 +419,7 @@ class TestDynamicGroups:
         leaving = SaidGoodbye(WorkerId(1), 1002, "shutdown", "token")
         acknowledge, disconnect, gone = membership.handle(leaving, 1.0)
         assert acknowledge == Acknowledge("token")
-        assert disconnect == Disconnect(WorkerId(1))
+        assert disconnect == Disconnect(WorkerId(1), 1002)
         assert isinstance(gone, WorkerGone)
         assert gone.expected
         assert membership.handle(leaving, 2.0) == [Acknowledge("token")]

@@ -104,7 +104,7 @@ class ZmqRpcAgent:
             send_barrier=lambda asked: self._barriers.send(asked),
             say_goodbye=lambda goodbye: self._farewell.say(goodbye),
         )
-        self._farewell = Farewell(self._group, self._exchange)
+        self._farewell = Farewell(me, self._group, self._exchange)
         self._news = News(self._exchange.submit)
         self._barriers = Barriers(me, self._group, self._exchange, self._wait)
         self._admission = (

@@ -158,8 +158,8 @@ class Group:
         match instruction:
             case Connect(record=record):
                 self._transport.connect(record)
-            case Disconnect(worker_id=worker_id):
-                self._transport.disconnect(worker_id)
+            case Disconnect(worker_id=worker_id, incarnation=incarnation):
+                self._transport.disconnect(worker_id, incarnation)
             case WorkerCame():
                 self._on_came(instruction)
             case WorkerGone():

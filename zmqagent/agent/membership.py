@@ -239,7 +239,10 @@ class Membership:
                 _remember(self._overtaken, (event.worker_id, event.incarnation), None)
             return answer
         # In this order: a call that begins in between is either refused by the transport, or found and failed by what follows.
-        gone: list[Instruction] = [Disconnect(event.worker_id), WorkerGone(member.record, _gone(member), expected=True)]
+        gone: list[Instruction] = [
+            Disconnect(event.worker_id, event.incarnation),
+            WorkerGone(member.record, _gone(member), expected=True),
+        ]
         return [*answer, *gone, *self._without(member)]
 
     def _without(self, member: Member) -> list[Instruction]:

@@ -195,9 +195,10 @@ class Connect:
 
 @dataclass(frozen=True, slots=True)
 class Disconnect:
-    """Let the transport forget the peer."""
+    """Let the transport forget this incarnation of the peer; its next one may be connected already when that is carried out."""
 
     worker_id: WorkerId
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)

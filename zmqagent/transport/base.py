@@ -97,8 +97,9 @@ class Transport(ABC):
         be made later. An older incarnation of the same worker id is forgotten."""
 
     @abstractmethod
-    def disconnect(self, worker_id: WorkerId) -> None:
-        """Forgets a peer; unknown ids are ignored. What was accepted by `send` before still goes out if the peer lives."""
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
+        """Forgets a peer. Nothing happens if that is not connected, or another incarnation of it is. What was accepted by `send`
+        before still goes out if the peer lives."""
 
     @abstractmethod
     def send(self, to: WorkerId, frames: Frames) -> None:

@@ -181,9 +181,11 @@ class InprocTransport(Transport):
         if other is not None:
             self._greet(other)
 
-    def disconnect(self, worker_id: WorkerId) -> None:
-        self._connected.pop(worker_id, None)
-        self._down.pop(worker_id, None)
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
+        peer = self._connected.get(worker_id)
+        if peer is not None and peer.incarnation == incarnation:
+            del self._connected[worker_id]
+            self._down.pop(worker_id, None)
 
     def send(self, to: WorkerId, frames: Frames) -> None:
         if self._closed:

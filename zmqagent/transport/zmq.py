@@ -127,15 +127,17 @@ class ZmqTransport(Transport):
             self._notes.put(peer)
         self._waker.set()
 
-    def disconnect(self, worker_id: WorkerId) -> None:
+    def disconnect(self, worker_id: WorkerId, incarnation: int) -> None:
         self._check_process()
         with self._lock:
             self._check_open()
-            link = self._links.pop(worker_id, None)
             now = time.monotonic()
             self._reap(now)
-            if link is not None:
-                self._part(now, link.end(UnknownWorkerError, "was disconnected", keep=True))
+            link = self._links.get(worker_id)
+            if link is None or link.peer.incarnation != incarnation:
+                return
+            del self._links[worker_id]
+            self._part(now, link.end(UnknownWorkerError, "was disconnected", keep=True))
             self._notes.put(worker_id)
         self._waker.set()
 

@@ -45,17 +45,18 @@ class BarrierPassed:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """The sender shuts down now and will answer nothing more; no answer is expected."""
+    """The sender's ``incarnation`` shuts down now and will answer nothing more; no answer is expected."""
 
     type: ClassVar[MessageType] = MessageType.GOODBYE
+    incarnation: int
     reason: str
 
     def to_message(self) -> Message:
-        return Message(self.type, (self.reason,))
+        return Message(self.type, (self.incarnation, self.reason))
 
     @classmethod
     def from_message(cls, message: Message) -> Goodbye:
-        return cls(*take_bare(message, str))
+        return cls(*take_bare(message, int, str))
 
 
 @dataclass(frozen=True, slots=True)
