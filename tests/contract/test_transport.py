@@ -271,6 +271,14 @@ class TestEnd:
         new.transport.send(a.id, [b"back"])
         assert a.message() == [b"back"]
 
+    def test_disconnecting_a_former_incarnation_leaves_the_newer_one(self, worker: Make) -> None:
+        a, old, new = worker(0), worker(1), worker(1)
+        introduce(a, old)
+        introduce(a, new)
+        a.transport.disconnect(old.id, old.record.incarnation)
+        a.transport.send(new.id, [b"still there"])
+        assert new.message() == [b"still there"]
+
     def test_connecting_the_same_incarnation_again_changes_nothing(self, worker: Make) -> None:
         a, b = worker(0), worker(1)
         introduce(a, b)

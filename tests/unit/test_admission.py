@@ -166,6 +166,29 @@ def test_one_that_comes_back_is_another_member(town: Town, how: str) -> None:
     assert first.agent.get_members()[1].state is MemberState.UP
 
 
+def test_one_that_is_back_before_its_departure_is_carried_out_stays_connected(town: Town) -> None:
+    first, old = town.come(0), town.come(1)
+    assert old.agent._admission is not None
+    old.agent._admission.depart()
+    back: list[Node] = []
+    # The answer to the departure lets the next life begin, and the old one is disconnected only then.
+    first.agent._group.on_goodbye(WorkerId(1), old.record.incarnation, "it shut down", lambda: back.append(town.come(1)))
+    assert value(first.ask(back[0])) == value(back[0].ask(first)) == b"served"
+
+
+def test_a_goodbye_that_is_served_late_is_not_that_of_the_next_life(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, old = town.come(0), town.come(1)
+    serve = first.agent._farewell.serve
+    goodbyes: SimpleQueue[tuple[WorkerId, Message]] = SimpleQueue()
+    monkeypatch.setattr(first.agent._farewell, "serve", lambda source, message: goodbyes.put((source, message)))
+    old.agent.shutdown()
+    goodbye = goodbyes.get(timeout=DEADLINE_S)
+    new = town.come(1)
+    serve(*goodbye)
+    assert first.agent.get_members()[1].state is MemberState.UP
+    assert value(first.ask(new)) == b"served"
+
+
 def test_in_a_dynamic_group_sync_does_not_wait_for_the_others(town: Town) -> None:
     first, _ = town.come(0), town.come(1)
     first.agent.sync()

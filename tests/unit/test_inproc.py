@@ -206,6 +206,13 @@ def test_a_worker_has_one_place_on_the_network() -> None:
         network.transport(record(0))
 
 
+def test_disconnecting_a_former_incarnation_leaves_the_newer_one() -> None:
+    a, b = group(Network(seed=0))
+    a.disconnect(B, b.record.incarnation + 1)
+    a.send(B, [b"still there"])
+    assert received(b) == [b"still there"]
+
+
 def test_only_peers_can_be_sent_to() -> None:
     a, b = group(Network(seed=0))
     with pytest.raises(UnknownWorkerError, match="worker0 is not connected to worker 7"):
