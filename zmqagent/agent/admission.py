@@ -213,8 +213,7 @@ class Admission:
     def _end_refusal(self, source: WorkerId, incarnation: int) -> None:
         if self._refused.get(source) == incarnation:
             del self._refused[source]
-            if not self._is_member(source):
-                self._transport.disconnect(source)
+            self._transport.disconnect(source, incarnation)
 
     def _is_member(self, worker_id: WorkerId) -> bool:
         """Whether the transport's connection to ``worker_id`` is that of a member."""
