@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from zmqagent.agent.agent import ZmqRpcAgent
 from zmqagent.agent.base import Reply, Respond
+from zmqagent.agent.devices import DeviceMap, Target
 from zmqagent.agent.membership_events import MemberState
 from zmqagent.agent.roster import Roster
 from zmqagent.exceptions import InvalidOptionError, RendezvousError, RpcError, RpcTimeoutError, WorkerLostError
 from zmqagent.options import ZmqRpcBackendOptions
+from zmqagent.transport.base import PeerRecord
 from zmqagent.transport.hosts import describe_self
 from zmqagent.transport.zmq import ZmqTransport
 from zmqagent.wire.commands import Join, Pickled, PythonCall, Return
@@ -187,6 +189,25 @@ def test_a_goodbye_that_is_served_late_is_not_that_of_the_next_life(town: Town, 
     serve(*goodbye)
     assert first.agent.get_members()[1].state is MemberState.UP
     assert value(first.ask(new)) == b"served"
+
+
+def test_a_member_that_the_transport_does_not_know_yet_can_be_called(town: Town) -> None:
+    first, second = town.come(0), town.come(1)
+    first.agent._transport.disconnect(WorkerId(1), second.record.incarnation)
+    assert value(first.ask(second)) == b"served"
+
+
+def test_a_call_that_a_departure_overtakes_says_who_has_left(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = town.come(0), town.come(1)
+    of_request = first.agent._routes.of_request
+
+    def meanwhile(peer: PeerRecord, device_map: DeviceMap | None) -> Target:
+        first.agent._group.on_goodbye(WorkerId(1), peer.incarnation, "it shut down")
+        return of_request(peer, device_map)
+
+    monkeypatch.setattr(first.agent._routes, "of_request", meanwhile)
+    with pytest.raises(WorkerLostError, match=r"worker 'worker-1' \(1\) has left the group: it shut down"):
+        first.ask(second)
 
 
 def test_in_a_dynamic_group_sync_does_not_wait_for_the_others(town: Town) -> None:

@@ -36,7 +36,7 @@ from zmqagent.agent.interrupts import InterruptWatch
 from zmqagent.agent.membership_events import Member, MemberState, SendAnnouncement, WorkerCame, WorkerGone
 from zmqagent.agent.news import News
 from zmqagent.agent.serving import is_request
-from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError
+from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError, UnknownWorkerError
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord, Received, Transport
 from zmqagent.wire.types import Message, MessageType, WorkerId
@@ -205,16 +205,15 @@ class ZmqRpcAgent:
         if self._is_shut_down:
             raise ShutdownError(f"worker {self._me.name} has shut down and sends nothing more")
         peer = self._group.destination(to)
-        seconds = check_timeout(timeout)
-        target = self._routes.of_request(peer, device_map)
-        self._exchange.request(
-            peer,
-            message,
-            on_reply,
-            timeout=self._rpc_timeout if seconds == UNSET_TIMEOUT else seconds,
-            retry=retry,
-            target=target,
-        )
+        given = check_timeout(timeout)
+        seconds = self._rpc_timeout if given == UNSET_TIMEOUT else given
+        while True:
+            target = self._routes.of_request(peer, device_map)
+            try:
+                return self._exchange.request(peer, message, on_reply, timeout=seconds, retry=retry, target=target)
+            except UnknownWorkerError:
+                # The group knows it, but the transport not yet, or no more. Each further round takes another change of the group.
+                peer = self._group.reach(to)
 
     # What torch asks.
 

@@ -71,7 +71,8 @@ class Group:
         self._send_announcement = send_announcement
         self._send_barrier = send_barrier
         self._say_goodbye = say_goodbye
-        # Protects the machine while it handles one event; instructions are carried out after it is let go.
+        # Protects the machine while it handles one event, and keeps its state while `reach` acts by it; instructions are carried
+        # out after it is let go.
         self._lock = threading.Lock()
         self._membership = Membership(me.worker_id)
 
@@ -80,6 +81,15 @@ class Group:
     def destination(self, worker: WorkerId | str) -> PeerRecord:
         """The record of a member that can be sent to. Raises as `Membership.destination`."""
         return self._membership.destination(worker)
+
+    def reach(self, worker: WorkerId) -> PeerRecord:
+        """As `destination`, and the transport knows the peer when this returns: whoever changed its state last may still be about
+        to tell the transport. Raises as `Membership.destination`."""
+        # Under the lock, so that whatever the machine has the transport do about a later state is done after this.
+        with self._lock:
+            record = self._membership.destination(worker)
+            self._transport.connect(record)
+        return record
 
     def find(self, worker: WorkerId | str) -> Member:
         """A member, whatever its state. Raises as `Membership.find`."""
