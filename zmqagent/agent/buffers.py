@@ -18,9 +18,21 @@ import numpy as np
 import torch
 
 from zmqagent.agent.streams import Copies
+from zmqagent.agent.strides import contiguous
 from zmqagent.exceptions import NotPicklableError
 
-__all__ = ["ALIGNMENT", "CPU", "SMALL", "freeze_buffers", "freeze_bytes", "freeze_elements", "receive_bytes", "writable"]
+__all__ = [
+    "ALIGNMENT",
+    "CPU",
+    "SMALL",
+    "freeze_buffers",
+    "freeze_bytes",
+    "freeze_elements",
+    "freeze_memory",
+    "receive_bytes",
+    "receive_tensor",
+    "writable",
+]
 
 SMALL = 4096
 """Up to so many bytes a copy is cheaper than what it saves."""
@@ -43,8 +55,13 @@ def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int, copies: C
         return freeze_elements(storage, 1, (size,), (1,), begin, copies)
     if size <= SMALL:
         return ctypes.string_at(storage.data_ptr() + begin, size)
+    return freeze_memory(storage.data_ptr() + begin, size)
+
+
+def freeze_memory(address: int, size: int) -> memoryview:
+    """A copy of main memory."""
     copy = torch.empty(size, dtype=torch.uint8, device=CPU)
-    ctypes.memmove(copy.data_ptr(), storage.data_ptr() + begin, size)
+    ctypes.memmove(copy.data_ptr(), address, size)
     return copy.numpy().data
 
 
@@ -103,3 +120,14 @@ def receive_bytes(buffer: memoryview, alignment: int) -> torch.Tensor:
     source = bytes(buffer) if buffer.nbytes <= SMALL else np.frombuffer(buffer, dtype=np.uint8).ctypes.data
     ctypes.memmove(copy.data_ptr(), source, buffer.nbytes)
     return copy
+
+
+def receive_tensor(buffer: memoryview, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
+    """`receive_bytes` as a contiguous tensor that has all of ``buffer``, which is as large as such a tensor."""
+    size = buffer.nbytes
+    if size <= SMALL:
+        copy = torch.empty(sizes, dtype=dtype, device=CPU)
+        ctypes.memmove(copy.data_ptr(), bytes(buffer), size)
+        return copy
+    storage = receive_bytes(buffer, dtype.itemsize).untyped_storage()
+    return torch.empty(0, dtype=dtype, device=CPU).set_(storage, 0, sizes, contiguous(sizes))

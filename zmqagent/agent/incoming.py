@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from zmqagent.agent.buffers import CPU, receive_bytes
+from zmqagent.agent.buffers import CPU, receive_bytes, receive_tensor
 from zmqagent.agent.streams import Copies
 from zmqagent.agent.strides import extent
 from zmqagent.agent.tensor_kinds import (
@@ -23,6 +23,7 @@ from zmqagent.agent.tensor_kinds import (
     DTYPES,
     LAYOUTS,
     NEGATIVE,
+    PLAIN_DTYPES,
     QUANTIZED_DTYPES,
     REQUIRES_GRAD,
     Kind,
@@ -93,6 +94,19 @@ class Incoming:
         if strided.dtype is torch.complex32:
             return lambda: _without_first_warning("complex32", lambda: self._build(strided))
         return lambda: self._build(strided)
+
+    def _plain(self, description: Any) -> Builder:
+        name, flags, sizes, buffer, start = _take(description, 5)
+        dtype = _dtype(name, PLAIN_DTYPES)
+        _check_flags(flags, REQUIRES_GRAD, dtype)
+        size = _check_sizes(sizes) * dtype.itemsize
+        _require(_natural((buffer, start)), "places in buffers are not negative")
+        if not size:
+            return lambda: _with_grad(torch.empty(sizes, dtype=dtype, device=CPU), flags)
+        self._check_place(buffer, start, size)
+        self._claim(buffer, size)
+        memory = self._buffers[buffer][start : start + size]
+        return lambda: _with_grad(receive_tensor(memory, dtype, sizes), flags)
 
     def _meta(self, description: Any) -> Builder:
         name, flags, sizes, strides = _take(description, 4)
@@ -180,25 +194,27 @@ class Incoming:
         _check_flags(flags, allowed_flags, dtype)
         _check_sizes(sizes)
         _check_strides(sizes, strides)
-        _require(_natural(offset, buffer, start, size) and type(device) is str, "places in buffers are not negative")
+        _require(_natural((offset, buffer, start, size)) and type(device) is str, "places in buffers are not negative")
         span = extent(sizes, strides)
         piece = None
         if span:
-            if buffer >= len(self._buffers) or start + size > self._buffers[buffer].nbytes:
-                raise ProtocolError(f"a tensor lies in bytes {start} to {start + size} of buffer {buffer}, which did not arrive")
+            self._check_place(buffer, start, size)
             if (offset + span) * dtype.itemsize > size:
                 raise ProtocolError(f"a tensor needs {(offset + span) * dtype.itemsize} bytes, and {size} arrived for it")
-            piece = self._claim(_Piece(buffer, start, size, device), dtype.itemsize)
+            piece = _Piece(buffer, start, size, device)
+            if piece not in self._alignments:
+                self._claim(buffer, size)
+            self._alignments[piece] = max(self._alignments.get(piece, 1), dtype.itemsize)
         return _Strided(dtype, flags, _device(device), sizes, strides, offset, piece)
 
-    def _claim(self, piece: _Piece, alignment: int) -> _Piece:
-        """Notes who uses which memory. Pieces may not overlap, or a short message could ask for many copies of a long buffer."""
-        known = self._alignments.get(piece)
-        if known is None:
-            self._unclaimed[piece.buffer] -= piece.size
-            _require(self._unclaimed[piece.buffer] >= 0, "pieces of memory do not overlap")
-        self._alignments[piece] = max(known or 1, alignment)
-        return piece
+    def _check_place(self, buffer: int, start: int, size: int) -> None:
+        if buffer >= len(self._buffers) or start + size > self._buffers[buffer].nbytes:
+            raise ProtocolError(f"a tensor lies in bytes {start} to {start + size} of buffer {buffer}, which did not arrive")
+
+    def _claim(self, buffer: int, size: int) -> None:
+        """Notes that bytes are used. Pieces may not overlap, or a short message could ask for many copies of a long buffer."""
+        self._unclaimed[buffer] -= size
+        _require(self._unclaimed[buffer] >= 0, "pieces of memory do not overlap")
 
     def _build(self, strided: _Strided) -> torch.Tensor:
         tensor = self._fill(torch.empty(0, dtype=strided.dtype, device=strided.device), strided)
@@ -231,6 +247,7 @@ _CHECKS: dict[int, Callable[[Incoming, Any], Builder]] = {
     Kind.COMPRESSED: Incoming._compressed,
     Kind.PER_TENSOR: Incoming._per_tensor,
     Kind.PER_CHANNEL: Incoming._per_channel,
+    Kind.PLAIN: Incoming._plain,
 }
 
 
@@ -245,17 +262,23 @@ def _take(description: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return description[1:]
 
 
-def _natural(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value <= MAX_INT for value in values)
+def _natural(values: tuple[Any, ...]) -> bool:
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value <= MAX_INT:
+            return False
+    return True
 
 
-def _check_sizes(sizes: Any) -> None:
-    _require(type(sizes) is tuple and len(sizes) <= _MAX_DIMENSIONS and _natural(*sizes), "sizes are not negative")
-    _require(math.prod(sizes) <= MAX_INT, "sizes have a limit")
+def _check_sizes(sizes: Any) -> int:
+    """How many elements there are of these sizes."""
+    _require(type(sizes) is tuple and len(sizes) <= _MAX_DIMENSIONS and _natural(sizes), "sizes are not negative")
+    count: int = math.prod(sizes)
+    _require(count <= MAX_INT, "sizes have a limit")
+    return count
 
 
 def _check_strides(sizes: tuple[int, ...], strides: Any) -> None:
-    _require(type(strides) is tuple and len(strides) == len(sizes) and _natural(*strides), "each size has its stride")
+    _require(type(strides) is tuple and len(strides) == len(sizes) and _natural(strides), "each size has its stride")
 
 
 def _check_flags(flags: Any, allowed: int, dtype: torch.dtype | None = None) -> None:

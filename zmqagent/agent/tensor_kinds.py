@@ -12,6 +12,10 @@ Descriptions travel in a message's header, so they hold plain values only. A str
     (COMPRESSED, layout, flags, sizes, compressed indices, plain indices, values)
     (PER_TENSOR, quantized data, scale, zero point)
     (PER_CHANNEL, quantized data, axis, scales, zero points)
+
+One that is contiguous, on the CPU and alone in its memory may be described by less: its elements lie from ``start`` on::
+
+    (PLAIN, dtype, flags, sizes, buffer, start)
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ __all__ = [
     "LAYOUTS",
     "LAYOUT_NAMES",
     "NEGATIVE",
+    "PLAIN_DTYPES",
     "QUANTIZED_DTYPES",
     "REQUIRES_GRAD",
     "Description",
@@ -46,6 +51,7 @@ class Kind:
     COMPRESSED: Final = 3
     PER_TENSOR: Final = 4
     PER_CHANNEL: Final = 5
+    PLAIN: Final = 6
 
 
 REQUIRES_GRAD = 1
@@ -63,6 +69,9 @@ _DTYPES = (
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPES.split()}
 QUANTIZED_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("qint8", "quint8", "qint32")}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in (DTYPES | QUANTIZED_DTYPES).items()}
+
+PLAIN_DTYPES = {name: dtype for name, dtype in DTYPES.items() if dtype is not torch.complex32}
+"""Those of `Kind.PLAIN`: torch does not warn of them."""
 
 LAYOUTS: dict[str, torch.layout] = {
     "csr": torch.sparse_csr,

@@ -19,6 +19,7 @@ import torch
 from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
+from zmqagent.agent.plain_tensors import pack_plain
 from zmqagent.agent.streams import ACCELERATOR, Accelerator, Copies
 from zmqagent.agent.tensor_kinds import Description
 from zmqagent.exceptions import ProtocolError
@@ -40,6 +41,9 @@ def pack(
     """
     # Without the guard a subclass would see, and might change, every call made here.
     with torch._C.DisableTorchFunctionSubclass():
+        plain = pack_plain(tensors, target)
+        if plain is not None:
+            return plain
         outgoing = Outgoing(target, Copies(accelerator))
         descriptions = [outgoing.describe(tensor) for tensor in tensors]
         buffers = outgoing.freeze()
