@@ -15,7 +15,6 @@ from zmqagent.rref.forks import (
     current_pending,
     receive_rref,
     unpack_fork,
-    unpickling_scope,
 )
 from zmqagent.wire.types import ForkId, RRefId, WorkerId
 
@@ -107,7 +106,7 @@ def test_pickling_that_fails_cancels_its_forks() -> None:
 def test_an_rref_is_rebuilt_in_the_scope_that_unpickles() -> None:
     received: list[Any] = []
     pending = PendingUsers(received.append)
-    with unpickling_scope(pending) as inside:
+    with pending as inside:
         assert inside is pending
         assert current_pending() is pending
         receive_rref(DATA)

@@ -51,10 +51,10 @@ def test_the_body_sees_a_clean_state_and_the_thread_gets_its_own_back(dirt: str)
     assert _state() == CLEAN
 
 
-@clean_state()
 def _raise_in_a_clean_state() -> None:
-    assert _state() == CLEAN
-    raise ValueError("within")
+    with clean_state():
+        assert _state() == CLEAN
+        raise ValueError("within")
 
 
 def test_all_at_once_are_cleaned_also_when_the_body_raises() -> None:

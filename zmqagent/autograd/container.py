@@ -11,8 +11,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -106,6 +105,26 @@ class _CurrentContext:
         torch._C._stash_obj_in_tls(self._key, reference)
 
 
+class _Activation:
+    """A ``with`` block in which a context, or none, is the thread's current one."""
+
+    __slots__ = ("_before", "_context", "_current")
+
+    def __init__(self, current: _CurrentContext, context: DistAutogradContext | None) -> None:
+        self._current = current
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._before = self._current.get()
+        # Calls outside any context set nothing: that is what takes the time.
+        if self._context is not None or self._before is not None:
+            self._current.set(None if self._context is None else weakref.ref(self._context))
+
+    def __exit__(self, *_: object) -> None:
+        if self._current.get() is not self._before:
+            self._current.set(self._before)
+
+
 class DistAutogradContainer:
     """Makes, finds and releases the contexts of one worker. All methods may be called from any thread.
 
@@ -177,18 +196,9 @@ class DistAutogradContainer:
         context = None if reference is None else reference()
         return None if context is None or context.is_released else context
 
-    @contextmanager
-    def activate(self, context: DistAutogradContext | None) -> Iterator[None]:
-        """Makes ``context`` (or none) the calling thread's current one for the length of the body."""
-        before = self._current.get()
-        # Calls outside any context set nothing: that is what takes the time.
-        if context is not None or before is not None:
-            self._current.set(None if context is None else weakref.ref(context))
-        try:
-            yield
-        finally:
-            if self._current.get() is not before:
-                self._current.set(before)
+    def activate(self, context: DistAutogradContext | None) -> AbstractContextManager[None]:
+        """Makes ``context`` (or none) the calling thread's current one for the length of a ``with`` block."""
+        return _Activation(self._current, context)
 
     # Looking up.
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import io
 import pickle
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,14 +39,19 @@ def dumps(obj: object) -> Pickled:
     buffers: list[pickle.PickleBuffer] = []
     pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
     pickler.dispatch_table = _dispatch_table(obj)
-    with _table("send_tables", []) as tensors:
-        try:
-            pickler.dump(obj)
-        except RpcError:
-            raise
-        except Exception as error:
-            # Reducers are user code: whatever they raise means that this object cannot be sent.
-            raise NotPicklableError(f"cannot pickle {_describe(obj)} to send it: {type(error).__name__}: {error}") from error
+    # Pickling may nest, so the former table comes back.
+    former = getattr(_tables, "send_tables", None)
+    tensors: list[torch.Tensor] = []
+    _tables.send_tables = tensors
+    try:
+        pickler.dump(obj)
+    except RpcError:
+        raise
+    except Exception as error:
+        # Reducers are user code: whatever they raise means that this object cannot be sent.
+        raise NotPicklableError(f"cannot pickle {_describe(obj)} to send it: {type(error).__name__}: {error}") from error
+    finally:
+        _tables.send_tables = former
     return Pickled(file.getvalue(), freeze_buffers(buffers), tensors)
 
 
@@ -59,19 +62,22 @@ def loads(body: Pickled) -> Any:
         CalleeError: the pickle names something that this process lacks, or its code fails here.
         RpcError: what a reducer of this package raises, unchanged.
     """
-    with _table("recv_tables", body.tensors):
-        try:
-            return pickle.loads(body.payload, buffers=[writable(buffer) for buffer in body.buffers])
-        except RpcError:
-            raise
-        except AttributeError as error:
-            raise CalleeError(
-                f"{error}. Default RPC pickler does not serialize function code. Ensure that UDFs are defined on both caller and "
-                "callee modules."
-            ) from error
-        except BaseException as error:
-            # SystemExit too: it must not end a thread of this worker, and whoever waits for the object must be told.
-            raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
+    former = getattr(_tables, "recv_tables", None)
+    _tables.recv_tables = body.tensors
+    try:
+        return pickle.loads(body.payload, buffers=[writable(buffer) for buffer in body.buffers])
+    except RpcError:
+        raise
+    except AttributeError as error:
+        raise CalleeError(
+            f"{error}. Default RPC pickler does not serialize function code. Ensure that UDFs are defined on both caller and "
+            "callee modules."
+        ) from error
+    except BaseException as error:
+        # SystemExit too: it must not end a thread of this worker, and whoever waits for the object must be told.
+        raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
+    finally:
+        _tables.recv_tables = former
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
@@ -102,21 +108,6 @@ def _dispatch_table(obj: object) -> dict[type, Any]:
     if isinstance(obj, torch.jit.ScriptModule) and type(obj) not in table:
         table[type(obj)] = _torch_pickler._script_module_reducer
     return table
-
-
-@contextmanager
-def _table(name: str, tensors: Any) -> Iterator[Any]:
-    """Makes ``tensors`` the thread's current table ``name``; pickling may nest, so the former one comes back."""
-    missing = object()
-    former = getattr(_tables, name, missing)
-    setattr(_tables, name, tensors)
-    try:
-        yield tensors
-    finally:
-        if former is missing:
-            delattr(_tables, name)
-        else:
-            setattr(_tables, name, former)
 
 
 def _describe(obj: object) -> str:

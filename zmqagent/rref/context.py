@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rref import events
-from zmqagent.rref.forks import Forks, PendingUsers, Unscoped, current_forks, current_pending, unpack_fork, unpickling_scope
+from zmqagent.rref.forks import Forks, PendingUsers, Unscoped, current_forks, current_pending, unpack_fork
 from zmqagent.rref.owner_table import OwnerTable
 from zmqagent.rref.owners import CREATION_TIMED_OUT
 from zmqagent.rref.protocol import RRefProtocol
@@ -170,11 +169,10 @@ class RRefContext:
     def pickling(self) -> Forks:
         """``with context.pickling() as forks:`` collects the shares that are minted while a message is pickled. Then
         ``forks.sent_to(worker)`` or ``forks.cancel()``; if the body raises, they are cancelled."""
+        return Forks(self._settle_forks)
 
-        def settle(forks: tuple[events.MintedFork, ...], to: WorkerId | None) -> None:
-            self._shell.handle(events.ForksCancelled(forks) if to is None else events.ForksSent(forks, to))
-
-        return Forks(settle)
+    def _settle_forks(self, forks: tuple[events.MintedFork, ...], to: WorkerId | None) -> None:
+        self._shell.handle(events.ForksCancelled(forks) if to is None else events.ForksSent(forks, to))
 
     def pickled_without_scope(self) -> Forks:
         """The shares that this thread has minted while no scope was open, since the last call of this: a pickler of the user's
@@ -183,10 +181,10 @@ class RRefContext:
         forks.shares, self._unscoped.shares = self._unscoped.shares, []
         return forks
 
-    def unpickling(self) -> AbstractContextManager[PendingUsers]:
+    def unpickling(self) -> PendingUsers:
         """``with context.unpickling() as pending:`` makes this context the home of the RRefs that the body unpickles, and
         collects what `when_confirmed` has to wait for."""
-        return unpickling_scope(PendingUsers(self.unpickle))
+        return PendingUsers(self.unpickle)
 
     def fork(self, rref: OwnerRRef | UserRRef) -> ForkData:
         """Mints a share in ``rref``, for the innermost `pickling` scope of this thread, and gives it in torch's form.

@@ -7,8 +7,7 @@ reducer finds the innermost one. Knows nothing of the protocol; a scope reports 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch.distributed.rpc import PyRRef
@@ -25,7 +24,6 @@ __all__ = [
     "current_pending",
     "receive_rref",
     "unpack_fork",
-    "unpickling_scope",
 ]
 
 
@@ -97,13 +95,21 @@ class Unscoped(threading.local):
 
 
 class PendingUsers:
-    """The users that one message brought: what a user function among whose arguments they are has to wait for."""
+    """The users that one message brought: what a user function among whose arguments they are has to wait for. While the body of
+    its ``with`` block runs, RRefs that this thread unpickles are rebuilt by ``unpickle``."""
 
     def __init__(self, unpickle: Callable[[ForkData], Any]) -> None:
         self.unpickle = unpickle
         self.fork_ids: list[ForkId] = []
         # An RRef that is no more stops the function, not the unpickling: the shares behind it would never be claimed.
         self.error: RpcError | None = None
+
+    def __enter__(self) -> PendingUsers:
+        _scopes.unpickling.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _scopes.unpickling.pop()
 
 
 def current_forks() -> Forks | None:
@@ -119,16 +125,6 @@ def _fork(share: ForkData) -> MintedFork:
 def current_pending() -> PendingUsers | None:
     """The innermost unpickling scope of this thread."""
     return _scopes.unpickling[-1] if _scopes.unpickling else None
-
-
-@contextmanager
-def unpickling_scope(pending: PendingUsers) -> Iterator[PendingUsers]:
-    """While the body runs, RRefs that this thread unpickles are rebuilt by ``pending.unpickle``."""
-    _scopes.unpickling.append(pending)
-    try:
-        yield pending
-    finally:
-        _scopes.unpickling.pop()
 
 
 def receive_rref(data: ForkData) -> Any:

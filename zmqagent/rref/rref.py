@@ -367,7 +367,7 @@ class RRef:
 
     def __reduce__(self) -> tuple[Callable[[ForkData], Any], tuple[ForkData]]:
         # torch's own sign that the RPC pickler is at work; other picklers would make shares that nobody ever claims.
-        if not hasattr(internal._thread_local_tensor_tables, "send_tables"):
+        if getattr(internal._thread_local_tensor_tables, "send_tables", None) is None:
             raise RRefUsageError("Can not pickle rref in python pickler, rref can only be pickled when using RPC")
         return receive_rref, (self._serialize(),)
 
