@@ -52,6 +52,7 @@ PURE = {
     "wire/rref_commands.py",
     "wire/wrappers.py",
     "wire/frames.py",
+    "wire/frozen.py",
     "agent/calls.py",
     "agent/checks.py",
     "agent/directory.py",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from zmqagent.agent.activity import Activity, weight
 from zmqagent.agent.executor import Task
 from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.frames import Envelope
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import Message, MessageType
 
 __all__ = ["Answer", "Serving", "is_request"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Serving:
     """The task of serving one request; told apart from completions, since it is dropped when the worker shuts down."""
 

@@ -7,7 +7,6 @@ have pickled before comes from `CallPickler`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,12 +42,13 @@ from zmqagent.wire.commands import (
     ScriptCall,
     ScriptRemoteCall,
 )
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import ForkId, Message, RRefId, WorkerId
 
 __all__ = ["CallPickler", "Invoker"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _PickledCall:
     """A pickled call on its way through torch's Python code, with the forks of RRefs that were minted for it."""
 

@@ -7,7 +7,6 @@ answer through ``respond``, now or later; what they raise, the agent answers as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -50,12 +49,13 @@ from zmqagent.wire.commands import (
     ScriptRemoteCall,
     parse,
 )
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
 
 __all__ = ["RpcRequestCallback"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Request:
     """One request while it is served: who asked, how to answer, and the autograd context and profile that came with it."""
 

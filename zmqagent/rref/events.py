@@ -8,11 +8,11 @@ them.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from zmqagent.exceptions import RpcError
 from zmqagent.wire.commands import RRefChildAccept, RRefForkRequest, RRefUserDelete
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import ForkId, RRefId, WorkerId
 
 __all__ = [
@@ -74,7 +74,7 @@ class Outcome(enum.Enum):
 # --------------------------------------------------------------------------------------------------- events at the owner
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OwnerForked:
     """The owner pickled its RRef. ``created``: the RRef exists already (False: this worker has only heard of it so far)."""
 
@@ -84,7 +84,7 @@ class OwnerForked:
     created: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OwnerCreated:
     """The ``remote`` call of ``source`` arrived. For a call to oneself ``fork_id`` equals ``rref_id``."""
 
@@ -94,7 +94,7 @@ class OwnerCreated:
     owner: object
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OwnerFetched:
     """Somebody asks for the value."""
 
@@ -103,7 +103,7 @@ class OwnerFetched:
     created: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OwnerUnpickled:
     """``parent`` sent the RRef to its owner, which is this worker."""
 
@@ -114,7 +114,7 @@ class OwnerUnpickled:
     created: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForkRequested:
     """RREF_FORK_REQUEST arrived from ``source``, who holds the fork."""
 
@@ -123,7 +123,7 @@ class ForkRequested:
     source: WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserDeleted:
     """RREF_USER_DELETE arrived."""
 
@@ -131,7 +131,7 @@ class UserDeleted:
     fork_id: ForkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SelfRemoteEnded:
     """A ``remote`` call to oneself was answered, or failed with ``error``."""
 
@@ -142,7 +142,7 @@ class SelfRemoteEnded:
 # ---------------------------------------------------------------------------------------------------- events at a user
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserCreated:
     """``remote`` was called here; ``owner`` will run the function."""
 
@@ -151,14 +151,14 @@ class UserCreated:
     owner: WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CreationConfirmed:
     """The ``remote`` call that created the user was answered: the owner knows the fork."""
 
     fork_id: ForkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CreationFailed:
     """The ``remote`` call that created the user has failed. The owner may or may not have seen it, or may see it yet."""
 
@@ -166,7 +166,7 @@ class CreationFailed:
     error: RpcError
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserUnpickled:
     """``parent`` sent this worker a share in an RRef of ``owner``."""
 
@@ -176,7 +176,7 @@ class UserUnpickled:
     parent: WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserForked:
     """The user ``fork_id`` was pickled; ``child_id`` names the share given away."""
 
@@ -184,26 +184,26 @@ class UserForked:
     child_id: ForkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChildAccepted:
     """RREF_CHILD_ACCEPT arrived: the owner knows the child."""
 
     fork_id: ForkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UserDropped:
     """Nobody on this worker refers to the user any more."""
 
     fork_id: ForkId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AllUsersDropped:
     """Shutdown: every user counts as dropped, whoever may still refer to it."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConfirmationAwaited:
     """A user function may start once ``forks`` are confirmed; `Resume` will carry ``token``."""
 
@@ -214,7 +214,7 @@ class ConfirmationAwaited:
 # ------------------------------------------------------------------------------------------------------- events at both
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForksSent:
     """The message that holds ``forks`` was handed to the transport for ``to``: from now on ``to`` holds them."""
 
@@ -222,14 +222,14 @@ class ForksSent:
     to: WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForksCancelled:
     """The message that held ``forks`` was never sent."""
 
     forks: tuple[MintedFork, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerLost:
     """``worker`` died or left; nothing more comes from it."""
 
@@ -237,14 +237,14 @@ class WorkerLost:
     error: RpcError
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerJoined:
     """A new process uses the id ``worker`` from now on."""
 
     worker: WorkerId
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Closed:
     """RPC shuts down on this worker; everything that waits ends with ``error``."""
 
@@ -254,7 +254,7 @@ class Closed:
 # -------------------------------------------------------------------------------------------------------- instructions
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Send:
     """Send ``command`` to ``to``, with retries, and report the end by `Answered`."""
 
@@ -262,7 +262,7 @@ class Send:
     command: ControlCommand
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Resume:
     """The wait ``token`` is over: all confirmed, or one failed with ``error``."""
 
@@ -270,7 +270,7 @@ class Resume:
     error: RpcError | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FailOwner:
     """``owner`` will never get a value: give it ``error``."""
 
@@ -278,14 +278,14 @@ class FailOwner:
     error: RpcError
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Release:
     """The machine no longer keeps ``owner`` alive. It is handed out so that the value dies outside the shell's lock."""
 
     owner: object
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Refuse:
     """The event is not accepted: raise ``error`` to whoever reported it."""
 
@@ -295,7 +295,7 @@ class Refuse:
 Instruction = Send | Resume | FailOwner | Release | Refuse
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Answered:
     """The control message ``sent`` ended. ``error`` says why if it was not delivered."""
 

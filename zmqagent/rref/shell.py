@@ -45,8 +45,9 @@ class ProtocolShell:
         # anything outside is called. Reentrant only so that `locked` notices a finalizer that garbage collection runs inside it.
         self._lock = threading.RLock()
         self._busy = False
-        # On the same lock: notified after each event, waited for at shutdown.
+        # On the same lock: notified after each event while somebody waits, at shutdown.
         self._changed = threading.Condition(self._lock)
+        self._waiters = 0
         self._protocol = RRefProtocol(requester.worker_id, first_local_id)
         self.notes: SimpleQueue[ForkId | threading.Event | None] = SimpleQueue()
         # Runs _follow_notes until `close` leaves None among the notes. A daemon: a process that never shuts RPC down can end.
@@ -89,15 +90,20 @@ class ProtocolShell:
         with self.locked() as protocol:
             event = make_event(protocol)
             instructions = protocol.handle(event, self._clock())
-            self._changed.notify_all()
+            if self._waiters:
+                self._changed.notify_all()
         self._act(instructions)
         return event
 
     def wait_until(self, condition: Callable[[RRefProtocol], bool], timeout: float) -> bool:
         """Waits until ``condition`` holds, for at most ``timeout`` seconds; says whether it does."""
         with self._changed:
-            # Condition.wait runs in Python, where ^C is seen.
-            return self._changed.wait_for(lambda: condition(self._protocol), timeout)
+            self._waiters += 1
+            try:
+                # Condition.wait runs in Python, where ^C is seen.
+                return self._changed.wait_for(lambda: condition(self._protocol), timeout)
+            finally:
+                self._waiters -= 1
 
     def drain(self) -> None:
         """Returns once all notes left so far have been handled."""

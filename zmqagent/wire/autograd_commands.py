@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.wire.fields import take_bare, take_without_pickle
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import AutogradMetadata, Message, MessageType
 
 __all__ = ["AbortBackward", "BackwardAutograd", "CleanupContext"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BackwardAutograd:
     """Gradients (``tensors``, one for each tensor of the forward message that required grad) for the send function
     ``metadata.message_id``. ``pass_id`` tells one backward pass of a context from the next."""
@@ -33,7 +33,7 @@ class BackwardAutograd:
         return cls(AutogradMetadata(context_id, message_id), pass_id, retain_graph, message.tensors)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AbortBackward:
     """The backward pass ``pass_id`` of a context has failed elsewhere for ``reason``: end it here too, and pass it on."""
 
@@ -50,7 +50,7 @@ class AbortBackward:
         return cls(*take_bare(message, int, int, str))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CleanupContext:
     """The context has been released: erase it, and pass it on."""
 

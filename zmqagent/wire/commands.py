@@ -10,12 +10,12 @@ few, of other types or out of range, or a body that its type does not have.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.autograd_commands import AbortBackward, BackwardAutograd, CleanupContext
 from zmqagent.wire.fields import take, take_bare, take_shares, to_fork_id, to_rref_id
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
 from zmqagent.wire.rref_commands import RRefBackward, RRefChildAccept, RRefFetch, RRefForkRequest, RRefUserDelete
 from zmqagent.wire.types import ForkData, ForkId, Message, MessageType, RRefId
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Pickled:
     """An object as the RPC pickler leaves it: the pickle, its out-of-band buffers, and the tensors taken out of it."""
 
@@ -69,7 +69,7 @@ def _body(message: Message) -> Pickled:
     return Pickled(message.payload, message.buffers, message.tensors)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PythonCall:
     """Run a pickled function; ``body`` is a pickled ``PythonUDF(func, args, kwargs)``."""
 
@@ -86,7 +86,7 @@ class PythonCall:
         return cls(_body(message), is_async)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ScriptCall:
     """Run a builtin operator (``aten::add``) or a TorchScript function by its qualified name; ``body`` pickles (args, kwargs)."""
 
@@ -105,7 +105,7 @@ class ScriptCall:
         return cls(_body(message), name, is_builtin, is_async)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Return:
     """The result of a `PythonCall`, a `ScriptCall` or an `RRefFetch`, pickled. ``shares`` are those in the pickle once more, for
     a receiver that cannot use the result, and gives them back."""
@@ -122,7 +122,7 @@ class Return:
         return cls(_body(message), take_shares(message))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PythonRemoteCall:
     """Run a pickled function and keep its result as the OwnerRRef ``rref_id``; ``fork_id`` is the caller's share."""
 
@@ -141,7 +141,7 @@ class PythonRemoteCall:
         return cls(_body(message), is_async, to_rref_id(a, b), to_fork_id(c, d))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ScriptRemoteCall:
     """`ScriptCall` whose result is kept as the OwnerRRef ``rref_id``."""
 
@@ -163,7 +163,7 @@ class ScriptRemoteCall:
         return cls(_body(message), name, is_builtin, is_async, to_rref_id(a, b), to_fork_id(c, d))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RemoteReturn:
     """The function has ended and the owner holds its value, or its error, as the RRef."""
 
@@ -180,7 +180,7 @@ class RemoteReturn:
         return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ack:
     """The plain answer to a request that has no result; ``type`` is the response type that belongs to the request."""
 
@@ -195,7 +195,7 @@ class Ack:
         return cls(message.type)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Failure:
     """The request failed. ``code`` is an error class of `zmqagent.exceptions` (0: a user function raised). ``body`` then
     pickles the exception's type; ``type_name`` names it for a reader who cannot unpickle it. ``text`` is the whole story."""

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgpack
 
 from zmqagent.exceptions import InvalidTypeError, NotPicklableError, ProtocolError
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import MAX_INT, MAX_WORKER_ID, REQUEST_BIT, RESPONSE_BIT, MessageType, WorkerId, shown
 
 __all__ = ["DEFAULT_LIMITS", "VERSION", "Envelope", "Label", "Limits", "decode", "encode", "read_label"]
@@ -55,7 +56,7 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Envelope:
     """One message with everything its receiver must know.
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.fields import take_bare
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import Message, MessageType
 
 __all__ = ["Barrier", "BarrierPassed", "Goodbye", "Join", "Leave"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Barrier:
     """The sender has reached the barrier ``tag`` and contributes ``value`` to the sum that all get back."""
 
@@ -28,7 +28,7 @@ class Barrier:
         return cls(*take_bare(message, str, int))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BarrierPassed:
     """All workers have reached the barrier; ``total`` is the sum of what they contributed."""
 
@@ -43,7 +43,7 @@ class BarrierPassed:
         return cls(*take_bare(message, int))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Goodbye:
     """The sender's ``incarnation`` shuts down now and will answer nothing more; no answer is expected."""
 
@@ -59,7 +59,7 @@ class Goodbye:
         return cls(*take_bare(message, int, str))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Join:
     """The sender has joined a dynamic group; the fields are those of its `PeerRecord`."""
 
@@ -75,7 +75,8 @@ class Join:
     devices: str
 
     def to_message(self) -> Message:
-        return Message(self.type, tuple(getattr(self, name) for name in self.__slots__))
+        process = (self.name, self.worker_id, self.incarnation, self.host, self.pid, self.addresses)
+        return Message(self.type, (*process, self.started, self.ordinal, self.devices))
 
     @classmethod
     def from_message(cls, message: Message) -> Join:
@@ -85,7 +86,7 @@ class Join:
         return command
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Leave:
     """The sender's ``incarnation`` leaves a dynamic group. It has no call under way, and waits for the answer."""
 

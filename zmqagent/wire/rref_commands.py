@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from zmqagent.wire.fields import take_bare, to_fork_id, to_rref_id
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import ForkId, Message, MessageType, RRefId
 
 __all__ = ["RRefBackward", "RRefChildAccept", "RRefFetch", "RRefForkRequest", "RRefUserDelete"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RRefFetch:
     """Ask the owner for the value of ``rref_id``; answered once the value exists."""
 
@@ -27,7 +27,7 @@ class RRefFetch:
         return cls(to_rref_id(a, b))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RRefUserDelete:
     """A user's share has died (G1)."""
 
@@ -44,7 +44,7 @@ class RRefUserDelete:
         return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RRefForkRequest:
     """A new user tells the owner of itself."""
 
@@ -61,7 +61,7 @@ class RRefForkRequest:
         return cls(to_rref_id(a, b), to_fork_id(c, d))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RRefChildAccept:
     """A child tells its parent that the owner knows it (G2)."""
 
@@ -77,7 +77,7 @@ class RRefChildAccept:
         return cls(to_fork_id(a, b))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RRefBackward:
     """Start a backward pass on the owner from the value of ``rref_id``."""
 

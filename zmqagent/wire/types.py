@@ -9,8 +9,9 @@ from __future__ import annotations
 import enum
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NewType
+
+from zmqagent.wire.frozen import frozen
 
 __all__ = [
     "ANSWERS",
@@ -150,7 +151,7 @@ ANSWERS: dict[MessageType, frozenset[MessageType]] = {
 """What may answer a request, beside `MessageType.EXCEPTION` (which answers any but `MessageType.GOODBYE`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Message:
     """One message, before it is cut into frames.
 

@@ -7,17 +7,17 @@ Profiling is the outermost wrapper.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.fields import known_type, take
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import AutogradMetadata, Message, MessageType
 
 __all__ = ["ForwardAutograd", "ProfiledReturn", "RunWithProfiling", "type_inside"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForwardAutograd:
     """Another message whose tensors belong to a distributed autograd context."""
 
@@ -38,7 +38,7 @@ class ForwardAutograd:
         return cls(AutogradMetadata(context_id, message_id), inner)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RunWithProfiling:
     """Another request, to be served under torch's legacy profiler; ``flags`` say what that is to record."""
 
@@ -57,7 +57,7 @@ class RunWithProfiling:
         return cls(flags, inner)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProfiledReturn:
     """Another answer, with what the profiler recorded on the way to it: ``records``, which travel as one more buffer."""
 
