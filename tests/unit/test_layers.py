@@ -44,6 +44,7 @@ PURE = {
     "exceptions.py",
     "options.py",
     "version.py",
+    "transport/slots.py",
     "wire/types.py",
     "wire/autograd_commands.py",
     "wire/commands.py",
