@@ -54,7 +54,7 @@ def test_help_names_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["--help"])
     lines = capsys.readouterr().out.partition("COMMAND\n")[2].splitlines()
-    assert [line.split()[0] for line in lines] == ["demo", "run"]
+    assert [line.split()[0] for line in lines] == ["demo", "run", "bench"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,11 @@ def test_help_names_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
         (["demo", "--learning-rate", "nan"], "must be a number above 0 and up to 1, not nan"),
         (["demo", "--seed", "-1"], "must be a whole number from 0 to 2**32 - 1, not -1"),
         (["demo", "--accuracy", "101"], "must be a number from 0 to 100, not 101"),
+        (["bench", "--vs", "GLOO"], "invalid choice: 'GLOO'"),
+        (["bench", "--variant", "pigeon"], "invalid choice: 'pigeon'"),
+        (["bench", "--only", "lunch"], "invalid choice: 'lunch'"),
+        (["bench", "--rounds", "0"], "must be a whole number from 1 on, not 0"),
+        (["bench", "--threads", "-1"], "must be a whole number from 1 on, not -1"),
         (["run"], "Give a script, or -m and a module"),
         (["run", "-m"], "-m takes the name of a module"),
         (["run", "--fast", "script.py"], "--fast"),
@@ -86,6 +91,15 @@ def test_a_picture_that_cannot_be_written_is_refused_before_training(
     plot: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert complaint in refusal(["demo", "--plot", str(tmp_path / plot)], capsys)
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path / "missing" / "results.json", tmp_path):
+        assert f"the results cannot be written to {path}: there is no such directory" in refusal(
+            ["bench", "--json", str(path)], capsys
+        )
 
 
 def test_a_missing_extra_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import os
 import queue
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.distributed import rpc
 from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
 from zmqagent.cli import training
+from zmqagent.cli.arguments import number, unwritable
 from zmqagent.cli.display import Display
 from zmqagent.cli.training import EpochDone, Job, Report
 
@@ -47,10 +47,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "distributed backward, DistributedOptimizer. Exits with 1 if too few of the held-out digits are read right.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = _number(int, lambda value: value >= 1, "a whole number from 1 on")
-    rate = _number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
-    seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-    share = _number(float, lambda value: 0 <= value <= 100, "a number from 0 to 100")
+    count = number(int, lambda value: value >= 1, "a whole number from 1 on")
+    rate = number(float, lambda value: 0 < value <= 1, "a number above 0 and up to 1")
+    seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+    share = number(float, lambda value: 0 <= value <= 100, "a number from 0 to 100")
     parser.add_argument("--backend", choices=("ZMQ", "TENSORPIPE"), default="ZMQ", help="what carries the calls")
     parser.add_argument("--epochs", type=count, default=20, metavar="N", help="passes over the digits")
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="digits in a step of a trainer")
@@ -191,9 +191,8 @@ def _obstacle(path: Path) -> str:
 
     if path.suffix.removeprefix(".").lower() not in formats():
         return f"no picture can be written to {path}: its name must end in one of {', '.join(sorted(formats()))}"
-    if path.is_dir() or not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-        return f"no picture can be written to {path}: there is no such directory, or it may not be written to"
-    return ""
+    trouble = unwritable(path)
+    return f"no picture can be written to {path}: {trouble}" if trouble else ""
 
 
 def _explain(error: ProcessException) -> str:
@@ -204,18 +203,3 @@ def _explain(error: ProcessException) -> str:
 def _fail(message: str, code: int) -> int:
     print(f"zmqagent demo: {message}", file=sys.stderr)
     return code
-
-
-def _number(kind: type[int] | type[float], allowed: Callable[[float], bool], meaning: str) -> Callable[[str], float]:
-    """A parser of numbers for argparse, which says what it wants."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {meaning}, not {text}")
-        return value
-
-    return parse

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from zmqagent.cli import demo, run
+from zmqagent.cli.bench import command as bench
 from zmqagent.version import __version__
 
 __all__ = ["main"]
@@ -31,4 +32,5 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo.add_parser(commands)
     run.add_parser(commands)
+    bench.add_parser(commands)
     return parser

@@ -1,0 +1,12 @@
+"""What the server of processes imports once, so that no process has to. Nothing here may start a thread."""
+
+from __future__ import annotations
+
+import torch.distributed.autograd
+import torch.distributed.optim
+import torch.distributed.rpc
+
+import zmqagent
+from zmqagent.cli.bench import floors, group, workloads
+
+__all__ = ["floors", "group", "torch", "workloads", "zmqagent"]
