@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.tensor_travel import travel, wire
-from zmqagent.agent.buffers import CPU, SMALL
+from zmqagent.agent.buffers import CPU, SMALL, from_heap
 from zmqagent.agent.devices import cpu_only
 from zmqagent.agent.plain_tensors import pack_plain
 from zmqagent.agent.tensor_kinds import Kind
@@ -21,7 +21,7 @@ LARGE = 2 * SMALL
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    return pack_plain(tensors, cpu_only) is not None
+    return pack_plain(tensors, cpu_only, from_heap) is not None
 
 
 class Subclass(torch.Tensor):
@@ -85,7 +85,7 @@ def test_tensors_that_share_memory_are_not_plain() -> None:
 
 
 def test_tensors_that_change_device_on_their_way_are_not_plain() -> None:
-    assert pack_plain([torch.ones(1)], lambda device: torch.device("meta")) is None
+    assert pack_plain([torch.ones(1)], lambda device: torch.device("meta"), from_heap) is None
 
 
 @pytest.mark.parametrize("size", [3, LARGE])

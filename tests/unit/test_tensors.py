@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.unit.tensor_travel import travel, wire
-from zmqagent.agent.buffers import SMALL
+from zmqagent.agent.buffers import LENDABLE, SMALL
 from zmqagent.agent.tensor_kinds import DTYPES
 from zmqagent.agent.tensors import pack, unpack
 from zmqagent.exceptions import DeviceMapError, NotPicklableError
@@ -404,3 +404,29 @@ def test_a_default_device_set_by_the_user_reaches_nothing() -> None:
 
 def travel_under_default(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return unpack(*wire(*pack(tensors)))
+
+
+def test_large_copies_are_made_in_the_memory_that_is_allocated_for_them() -> None:
+    given: list[memoryview] = []
+
+    def allocate(size: int) -> memoryview | None:
+        given.append(memoryview(bytearray(size)))
+        return given[-1] if len(given) < 4 else None
+
+    base = torch.arange(LENDABLE / 4)
+    gaps = torch.arange(LENDABLE * 1.0).reshape(-1, 4)[:, 1]
+    sent = [base, base[1:], gaps, torch.ones(LENDABLE), torch.full((LENDABLE,), 2.0), torch.ones(SMALL)]
+    descriptions, buffers = pack(sent, allocate=allocate)
+    # The first two share memory; there is none left for the fifth; the last is not worth asking.
+    assert [len(memory) for memory in given] == [LENDABLE, LENDABLE, 4 * LENDABLE, 4 * LENDABLE]
+    assert [memory is buffer for memory, buffer in zip(given, buffers, strict=False)] == [True, True, True, False]
+    assert all(map(torch.equal, unpack(*wire(descriptions, buffers)), sent))
+
+
+def test_a_plain_copy_is_made_in_the_memory_that_is_allocated_for_it() -> None:
+    memory = memoryview(bytearray(LENDABLE))
+    sent = torch.arange(LENDABLE / 4)
+    descriptions, buffers = pack([sent], allocate=lambda size: memory)
+    assert buffers == [memory]
+    assert buffers[0] is memory
+    assert torch.equal(unpack(*wire(descriptions, buffers))[0], sent)

@@ -11,7 +11,7 @@ addresses within a larger block, which they would keep alive: those are copied.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pickle import PickleBuffer
 
 import numpy as np
@@ -24,11 +24,14 @@ from zmqagent.exceptions import NotPicklableError
 __all__ = [
     "ALIGNMENT",
     "CPU",
+    "LENDABLE",
     "SMALL",
+    "Allocate",
     "freeze_buffers",
     "freeze_bytes",
     "freeze_elements",
     "freeze_memory",
+    "from_heap",
     "receive_bytes",
     "receive_tensor",
     "writable",
@@ -36,6 +39,9 @@ __all__ = [
 
 SMALL = 4096
 """Up to so many bytes a copy is cheaper than what it saves."""
+
+LENDABLE = 32 << 10
+"""From so many bytes on, memory that need not be copied again is worth being asked for."""
 
 ALIGNMENT = 8
 """What an address must be a multiple of if its use is unknown. Large ZeroMQ frames lie 8 bytes beyond multiples of 16."""
@@ -48,25 +54,48 @@ CPU = torch.device("cpu")
 _RAW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int, copies: Copies) -> bytes | memoryview:
+Allocate = Callable[[int], memoryview | None]
+"""Gives writable memory of so many bytes that its receiver can use without a copy, or None if there is no such memory now."""
+
+
+def from_heap(size: int) -> None:
+    """An `Allocate` that has none."""
+
+
+def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int, copies: Copies, allocate: Allocate) -> bytes | memoryview:
     """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it. What comes from
     an accelerator is there when ``copies`` have finished."""
     if storage.device.type != "cpu":
-        return freeze_elements(storage, 1, (size,), (1,), begin, copies)
+        return freeze_elements(storage, 1, (size,), (1,), begin, copies, allocate)
     if size <= SMALL:
         return ctypes.string_at(storage.data_ptr() + begin, size)
-    return freeze_memory(storage.data_ptr() + begin, size)
+    return freeze_memory(storage.data_ptr() + begin, size, allocate)
 
 
-def freeze_memory(address: int, size: int) -> memoryview:
+def freeze_memory(address: int, size: int, allocate: Allocate) -> memoryview:
     """A copy of main memory."""
-    copy = torch.empty(size, dtype=torch.uint8, device=CPU)
+    copy, frame = _room(size, allocate)
     ctypes.memmove(copy.data_ptr(), address, size)
-    return copy.numpy().data
+    return frame
+
+
+def _room(size: int, allocate: Allocate) -> tuple[torch.Tensor, memoryview]:
+    """Memory for a copy, as a tensor of bytes and as the frame that is sent."""
+    frame = allocate(size) if size >= LENDABLE else None
+    if frame is not None:
+        return torch.frombuffer(frame, dtype=torch.uint8), frame
+    copy = torch.empty(size, dtype=torch.uint8, device=CPU)
+    return copy, copy.numpy().data
 
 
 def freeze_elements(
-    storage: torch.UntypedStorage, itemsize: int, sizes: Sequence[int], strides: Sequence[int], offset: int, copies: Copies
+    storage: torch.UntypedStorage,
+    itemsize: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    offset: int,
+    copies: Copies,
+    allocate: Allocate,
 ) -> memoryview:
     """A contiguous copy, in main memory, of the elements that a strided view of a storage on any device has. What comes from an
     accelerator is there when ``copies`` have finished."""
@@ -74,8 +103,9 @@ def freeze_elements(
     view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, tuple(sizes), tuple(strides))
     if storage.device.type != "cpu":
         return copies.start_out(view)
-    copy = torch.empty(tuple(sizes), dtype=dtype, device=CPU).copy_(view)
-    return copy.reshape(-1).view(torch.uint8).numpy().data
+    copy, frame = _room(view.numel() * itemsize, allocate)
+    copy.view(dtype).view(view.size()).copy_(view)
+    return frame
 
 
 def freeze_buffers(buffers: Iterable[PickleBuffer]) -> list[bytes | memoryview]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zmqagent.agent.base import Reply
+from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.tensors import pack, unpack
 from zmqagent.exceptions import ProtocolError, error_class
@@ -28,14 +29,15 @@ class Codec:
         call_id: int,
         destination_incarnation: int,
         target: Target = cpu_only,
+        allocate: Allocate = from_heap,
     ) -> list[Any]:
         """The frames of ``message``. They hold copies of the tensors' bytes, so that nothing that happens to the tensors later
-        changes what is sent, or sent again.
+        changes what is sent, or sent again. ``allocate`` is asked for the memory of large ones.
 
         Raises:
             NotPicklableError, DeviceMapError, InvalidTypeError: it cannot be sent; the text says what in it.
         """
-        descriptions, buffers = pack(message.tensors, target) if message.tensors else ((), [])
+        descriptions, buffers = pack(message.tensors, target, allocate=allocate) if message.tensors else ((), [])
         return encode(
             Envelope(
                 self._worker_id,

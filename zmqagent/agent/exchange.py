@@ -19,6 +19,7 @@ from typing import Any
 
 from zmqagent.agent.activity import Activity, weight
 from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
+from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
 from zmqagent.agent.detour import Detour
@@ -132,7 +133,9 @@ class Exchange:
         closed."""
         to = peer.worker_id
         call_id = (to, next(self._numbers[to]))
-        frames = self._codec.encode(message, call_id[1], peer.incarnation, target)
+        # What is sent again must be what was meant at first, and memory that was lent is its receiver's.
+        allocate = from_heap if retry else self._allocate_for(to)
+        frames = self._codec.encode(message, call_id[1], peer.incarnation, target, allocate)
         counted = weight(message.type)
         now = time.monotonic()
         with self._lock:
@@ -158,6 +161,9 @@ class Exchange:
         """Sends ``message``, to which there is no answer."""
         number = next(self._numbers[peer.worker_id])
         self._send(peer.worker_id, self._codec.encode(message, number, peer.incarnation))
+
+    def _allocate_for(self, to: WorkerId) -> Allocate:
+        return from_heap if to == self._me.worker_id else partial(self._transport.allocate, to)
 
     def _send(self, to: WorkerId, frames: list[Any]) -> None:
         if self._detour is None:
@@ -362,7 +368,7 @@ class Exchange:
         try:
             try:
                 target = self._answer_target(to) if message.tensors else cpu_only
-                frames = self._codec.encode(message, number, incarnation, target)
+                frames = self._codec.encode(message, number, incarnation, target, self._allocate_for(to))
             except Exception as error:
                 # The result cannot travel, and the caller should know why.
                 encoded = False

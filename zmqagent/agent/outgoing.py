@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zmqagent.agent.buffers import CPU, SMALL, freeze_bytes, freeze_elements
+from zmqagent.agent.buffers import CPU, SMALL, Allocate, freeze_bytes, freeze_elements
 from zmqagent.agent.devices import Target
 from zmqagent.agent.streams import Copies
 from zmqagent.agent.strides import View, contiguous, pieces
@@ -61,9 +61,10 @@ def settle(description: Any) -> Any:
 class Outgoing:
     """The tensors of one message on their way out."""
 
-    def __init__(self, target: Target, copies: Copies) -> None:
+    def __init__(self, target: Target, copies: Copies, allocate: Allocate) -> None:
         self._target = target
         self._copies = copies
+        self._allocate = allocate
         self._by_storage: dict[int, list[_Part]] = {}
         self._small: list[bytes | memoryview] = []
         self._small_parts: list[_Part] = []
@@ -145,7 +146,7 @@ class Outgoing:
         view, storage = first.view, first.storage
         if view.is_wasteful and all(part.view == view for part in parts):
             memory: bytes | memoryview = freeze_elements(
-                storage, view.itemsize, view.sizes, view.strides, view.offset, self._copies
+                storage, view.itemsize, view.sizes, view.strides, view.offset, self._copies, self._allocate
             )
             self._place(parts, memory)
             for part in parts:
@@ -157,7 +158,7 @@ class Outgoing:
             itemsize = max(itemsize, part.view.itemsize)
         # Views of other dtypes stay whole elements away from the begin.
         begin -= begin % itemsize
-        self._place(parts, freeze_bytes(storage, begin, end - begin, self._copies))
+        self._place(parts, freeze_bytes(storage, begin, end - begin, self._copies, self._allocate))
         for part in parts:
             part.offset = part.view.offset - begin // part.view.itemsize
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from zmqagent.agent.buffers import CPU, SMALL, freeze_memory
+from zmqagent.agent.buffers import CPU, SMALL, Allocate, freeze_memory
 from zmqagent.agent.devices import Target
 from zmqagent.agent.strides import contiguous
 from zmqagent.agent.tensor_kinds import PLAIN_DTYPES, REQUIRES_GRAD, Description, Kind
@@ -24,7 +24,7 @@ _CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def pack_plain(
-    tensors: Sequence[torch.Tensor], target: Target
+    tensors: Sequence[torch.Tensor], target: Target, allocate: Allocate
 ) -> tuple[tuple[Description, ...], list[bytes | memoryview]] | None:
     """See `zmqagent.agent.tensors.pack`; None if not all of ``tensors`` are plain."""
     if not all(map(_is_plain, tensors)) or _share_memory(tensors) or target(CPU) != CPU:
@@ -38,7 +38,7 @@ def pack_plain(
         size = tensor.nbytes
         if size > SMALL:
             place = (len(buffers), 0)
-            buffers.append(freeze_memory(tensor.data_ptr(), size))
+            buffers.append(freeze_memory(tensor.data_ptr(), size, allocate))
         else:
             place = (small_buffer, start)
             small.append(ctypes.string_at(tensor.data_ptr(), size))

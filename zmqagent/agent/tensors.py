@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
@@ -28,12 +29,15 @@ __all__ = ["Description", "pack", "unpack"]
 
 
 def pack(
-    tensors: Sequence[torch.Tensor], target: Target = cpu_only, accelerator: Accelerator = ACCELERATOR
+    tensors: Sequence[torch.Tensor],
+    target: Target = cpu_only,
+    accelerator: Accelerator = ACCELERATOR,
+    allocate: Allocate = from_heap,
 ) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
     """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
 
     ``target`` names, for a tensor's device, the one it is to arrive on. Every byte is copied once, also from an accelerator,
-    behind what the calling thread's current stream there has been given.
+    behind what the calling thread's current stream there has been given. ``allocate`` is asked for the memory of large copies.
 
     Raises:
         NotPicklableError: a tensor of a kind that cannot travel; the text names it.
@@ -41,10 +45,10 @@ def pack(
     """
     # Without the guard a subclass would see, and might change, every call made here.
     with torch._C.DisableTorchFunctionSubclass():
-        plain = pack_plain(tensors, target)
+        plain = pack_plain(tensors, target, allocate)
         if plain is not None:
             return plain
-        outgoing = Outgoing(target, Copies(accelerator))
+        outgoing = Outgoing(target, Copies(accelerator), allocate)
         descriptions = [outgoing.describe(tensor) for tensor in tensors]
         buffers = outgoing.freeze()
     return tuple([settle(description) for description in descriptions]), buffers

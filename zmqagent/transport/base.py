@@ -101,6 +101,12 @@ class Transport(ABC):
         """Forgets a peer. Nothing happens if that is not connected, or another incarnation of it is. What was accepted by `send`
         before still goes out if the peer lives."""
 
+    def allocate(self, to: WorkerId, size: int) -> memoryview | None:
+        """Writable memory of ``size`` > 0 bytes that may be one frame of one message to ``to``, which then takes it as it is: it
+        belongs to the receiver, and must not be sent a second time. None if this transport has none such for that peer just now.
+        """
+        return None
+
     @abstractmethod
     def send(self, to: WorkerId, frames: Frames) -> None:
         """Sends one message of at least one frame, whole or not at all. The frames' memory must never change afterwards: the
