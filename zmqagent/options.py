@@ -235,12 +235,26 @@ def _device(value: Any) -> torch.device:
         if isinstance(value, int):
             accelerator = torch.accelerator.current_accelerator()
             # Scripts count CUDA devices on machines without any, too; whether they exist is checked when the workers meet.
-            return torch.device("cuda" if accelerator is None else accelerator.type, value)
-        device = torch.device(value)
-        # As tensors have it: they know one CPU, which has no number.
-        return torch.device("cpu") if device.type == "cpu" else device
+            device = torch.device("cuda" if accelerator is None else accelerator.type, value)
+        else:
+            device = torch.device(value)
     except RuntimeError as error:
         raise InvalidOptionError(f"{value!r} is no device: {error}") from error
+    # As tensors have it: they know one CPU, which has no number.
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``device``, if it is one that a tensor can be on."""
+    if device.type == "meta":
+        raise InvalidOptionError("a device map cannot name 'meta': meta tensors have no data, and travel without a map")
+    if device.index is None and device.type != "cpu":
+        kind = device.type
+        raise InvalidOptionError(
+            f"Expected devices to have indices, got {kind}: \"{kind}\" is whichever device is current, and every tensor is on a "
+            f"certain one. Write \"{kind}:0\" for the first"
+        )
+    return device
 
 
 def _device_map(value: Any) -> dict[torch.device, torch.device]:
@@ -248,7 +262,7 @@ def _device_map(value: Any) -> dict[torch.device, torch.device]:
         raise InvalidTypeError(f"a device map must map devices to devices, but got {_described(value)}")
     there_to_here: dict[torch.device, torch.device] = {}
     for key, target in value.items():
-        here, there = _device(key), _device(target)
+        here, there = _indexed(_device(key)), _indexed(_device(target))
         if there in there_to_here:
             raise InvalidOptionError(
                 f"`device_map` only supports 1-to-1 mapping, trying to map {here} and {there_to_here[there]} to {there}"
@@ -267,4 +281,4 @@ def _device_list(value: Any) -> list[torch.device]:
                 "`set_devices` expect a list of CUDA devices, or of accelerators of another type, but got device type "
                 f"{device.type}."
             )
-    return devices
+    return [_indexed(device) for device in devices]

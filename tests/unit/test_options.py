@@ -95,6 +95,10 @@ def test_attributes_can_be_set_like_torchs() -> None:
         ("devices", 0, TypeError, "devices must be a list of devices, but got 0 (int)"),
         ("devices", "cuda:0", TypeError, "devices must be a list of devices, but got 'cuda:0' (str)"),
         ("devices", ["cpu"], ValueError, "`set_devices` expect a list of CUDA devices"),
+        ("devices", ["cuda"], ValueError, "Expected devices to have indices, got cuda: "),
+        ("device_maps", {"a": {"cuda": 0}}, ValueError, "Expected devices to have indices, got cuda: "),
+        ("device_maps", {"a": {"cpu": torch.device("xpu")}}, ValueError, 'Write "xpu:0" for the first'),
+        ("device_maps", {"a": {"meta": 0}}, ValueError, "a device map cannot name 'meta'"),
         ("transport", "udp", ValueError, "transport must be one of 'auto', 'tcp', 'ipc', but got 'udp'"),
         ("bind_address", "", ValueError, "bind_address must not be empty"),
         ("bind_address", 5, TypeError, "bind_address must be a str, but got 5 (int)"),
@@ -132,6 +136,15 @@ def test_two_devices_never_go_to_one_though_given_in_two_calls() -> None:
     with pytest.raises(InvalidOptionError, match="only supports 1-to-1 mapping, trying to map cuda:1 and cuda:0 to cuda:1"):
         options.set_device_map("a", {"cuda:1": "cuda:1"})
     assert options.device_maps == {"a": {CUDA0: CUDA1}}
+
+
+def test_a_device_without_a_number_is_refused_where_it_is_added() -> None:
+    options = ZmqRpcBackendOptions(device_maps={"a": {"cuda:0": "cuda:1"}}, devices=["cuda:0"])
+    with pytest.raises(InvalidOptionError, match="Expected devices to have indices, got cuda"):
+        options.set_device_map("a", {"cuda": "cuda:0"})
+    with pytest.raises(InvalidOptionError, match="Expected devices to have indices, got cuda"):
+        options.set_devices(["cuda:1", "cuda"])
+    assert (options.device_maps, options.devices) == ({"a": {CUDA0: CUDA1}}, [CUDA0])
 
 
 def test_the_options_own_their_maps_and_lists() -> None:
