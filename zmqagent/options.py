@@ -248,11 +248,11 @@ def _indexed(device: torch.device) -> torch.device:
     """``device``, if it is one that a tensor can be on."""
     if device.type == "meta":
         raise InvalidOptionError("a device map cannot name 'meta': meta tensors have no data, and travel without a map")
-    if device.index is None and device.type != "cpu":
-        kind = device.type
+    kind = device.type
+    if str(device) == kind != "cpu":
         raise InvalidOptionError(
-            f"Expected devices to have indices, got {kind}: \"{kind}\" is whichever device is current, and every tensor is on a "
-            f"certain one. Write \"{kind}:0\" for the first"
+            f'Expected devices to have indices, got {kind}: "{kind}" is whichever device is current, and every tensor is on a '
+            f'certain one. Write "{kind}:0" for the first'
         )
     return device
 

@@ -127,6 +127,7 @@ HOOKS: tuple[Seam, ...] = (Seam("torch.distributed.nn.api.remote_module", "__pre
 SWAPS: tuple[Seam, ...] = (
     Seam(_API, "_default_pickler"),
     Seam(_API, "_internal_rpc_pickler"),
+    Seam("torch._jit_internal", "_TensorExtractor"),
 )
 """Objects that are no plain functions: replaced while an agent of this package runs, and put back afterwards."""
 

@@ -29,6 +29,7 @@ from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import RpcProfiler
 from zmqagent.rpc.remote_module import scriptable_form
 from zmqagent.rpc.request_callback import RpcRequestCallback
+from zmqagent.rpc.result_tensors import TensorExtractor
 from zmqagent.rpc.rref_calls import RpcRRefCalls
 from zmqagent.rpc.shares import give_back
 from zmqagent.rref.context import RRefContext
@@ -163,7 +164,8 @@ class Worker:
             "_RemoteModule.__prepare_scriptable__": scriptable_form,
             "_enable_rpc_profiler": self._profiler.profiled_call,
             "record_function._call_end_callbacks_on_future": _end_with_future,
-            "collect_all": collect_all,
+            "collect_all": lambda futures: collect_all(futures, self.agent.devices),
+            "_TensorExtractor": TensorExtractor,
             "wait_all": wait_all,
         }
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["TYPE", "install"]
+__all__ = ["TYPE", "install", "on_copy"]
 
 TYPE = "fake"
 
@@ -128,7 +129,17 @@ def _on_the_same_memory(operator: Any, *args: Any, **kwargs: Any) -> Any:
     return operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
 
 
+_tell_of_copies: list[Callable[[torch.Tensor, torch.Tensor], None]] = []
+
+
+def on_copy(tell: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    """Has ``tell(source, destination)`` called for each copy from, to and between fake devices, on the thread that makes it."""
+    _tell_of_copies.append(tell)
+
+
 def _copy(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    for tell in _tell_of_copies:
+        tell(source, destination)
     here = _on_cpu(source) if _is_fake(source) else source
     (_on_cpu(destination) if _is_fake(destination) else destination).copy_(here)
     return destination

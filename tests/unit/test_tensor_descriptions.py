@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.tensor_travel import travel, wire
 from zmqagent.agent.incoming import Incoming
-from zmqagent.agent.streams import ACCELERATOR, Copies
+from zmqagent.agent.staging import STAGING
 from zmqagent.agent.tensors import pack, unpack
 from zmqagent.exceptions import ProtocolError
 
@@ -151,10 +151,11 @@ def test_a_description_with_any_value_changed_is_built_or_refused(which: int, da
 
 
 def test_nothing_is_built_before_all_is_checked() -> None:
-    incoming = Incoming([memoryview(bytearray(24))], Copies(ACCELERATOR))
+    incoming = Incoming([memoryview(bytearray(24))])
     build = incoming.check(DENSE)
     with pytest.raises(ProtocolError):
         incoming.check((99,))
+    incoming.place(STAGING)
     assert build().shape == (2, 3)
 
 
@@ -168,6 +169,6 @@ def test_every_pair_of_kinds_travels_in_one_message() -> None:
 def test_a_device_that_this_worker_has_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    Incoming([memoryview(bytearray(24))], Copies(ACCELERATOR)).check(dense(device="xpu:1"))
+    Incoming([memoryview(bytearray(24))]).check(dense(device="xpu:1"))
     with pytest.raises(ProtocolError, match="device xpu:2, which this worker does not have"):
-        Incoming([memoryview(bytearray(24))], Copies(ACCELERATOR)).check(dense(device="xpu:2"))
+        Incoming([memoryview(bytearray(24))]).check(dense(device="xpu:2"))

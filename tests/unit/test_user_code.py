@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_name_that_nothing_has_is_told(name: str, is_builtin: bool) -> None:
 
 def ends_of(function: Callable[[], Any], is_async: bool = False) -> list[tuple[Any, BaseException | None]]:
     ends: list[tuple[Any, BaseException | None]] = []
-    on_result(function, is_async, lambda value, error: ends.append((value, error)))
+    on_result(function, is_async, lambda value, error: ends.append((value, error)), nullcontext())
     return ends
 
 
@@ -61,6 +62,22 @@ def test_a_future_ends_an_asynchronous_call_when_it_is_done() -> None:
     assert ends == []
     future.set_result(7)
     assert ends == [(7, None)]
+
+
+@contextmanager
+def noting(log: list[Any]) -> Iterator[None]:
+    log.append("in")
+    yield
+    log.append("out")
+
+
+def test_what_a_future_brings_is_taken_over_on_the_streams_of_the_function() -> None:
+    future: Future[int] = Future()
+    log: list[Any] = []
+    on_result(lambda: future, True, lambda value, error: log.append((value, error)), noting(log))
+    assert log == []
+    future.set_result(7)
+    assert log == ["in", (7, None), "out"]
 
 
 def test_a_future_that_fails_ends_an_asynchronous_call_with_its_error() -> None:

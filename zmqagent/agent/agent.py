@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -93,7 +93,7 @@ class ZmqRpcAgent:
         self._transport = transport
         self._options = options
         self._rpc_timeout = float(options.rpc_timeout)
-        self._routes = DeviceRoutes(me.name, options.device_maps)
+        self._routes = DeviceRoutes(me.name, options.device_maps, options.devices)
         self._exchange = Exchange(me, transport, self._serve, lambda answer: self._on_unused(answer), detour, self._answer_target)
         self._group = Group(
             me,
@@ -129,8 +129,8 @@ class ZmqRpcAgent:
 
     def enter(self, records: Iterable[PeerRecord]) -> None:
         """Takes in the group, this worker first."""
-        self._group.join(self._me)
-        for record in records:
+        for record in (self._me, *records):
+            self._routes.take_in(record)
             self._group.join(record)
 
     def start(
@@ -183,6 +183,11 @@ class ZmqRpcAgent:
     def worker_name(self, worker_id: WorkerId) -> str:
         """The name of a member of the group; a readable stand-in if the id is unknown."""
         return self._group.name_of(worker_id)
+
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """See `Requester.devices`."""
+        return self._routes.handed_over()
 
     def map_back(self, caller: WorkerId) -> DeviceMap:
         """See `Requester.map_back`."""
@@ -446,6 +451,7 @@ class ZmqRpcAgent:
         self._admission.send(announcement)
 
     def _on_worker_came(self, came: WorkerCame) -> None:
+        self._routes.take_in(came.record)
         if self._callback is None:
             return  # One of those who are there when this worker comes.
         self._news.tell(partial(self._on_worker_joined, came.record.worker_id))

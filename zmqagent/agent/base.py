@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+import torch
 
 from zmqagent.agent.devices import DeviceMap
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, RpcError
@@ -80,6 +82,10 @@ class Requester(Protocol):
 
     def worker_name(self, worker_id: WorkerId) -> str:
         """The name of a member of the group; a readable stand-in if the id is unknown."""
+
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """The accelerators of this worker that tensors arrive on, if a `torch.futures.Future` can carry them; else none."""
 
     def map_back(self, caller: WorkerId) -> DeviceMap:
         """From this worker's devices to those of ``caller``: how the answers to its requests, and the gradients of these, go."""

@@ -17,7 +17,7 @@ from pickle import PickleBuffer
 import numpy as np
 import torch
 
-from zmqagent.agent.streams import Copies
+from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.strides import contiguous
 from zmqagent.exceptions import NotPicklableError
 
@@ -62,7 +62,9 @@ def from_heap(size: int) -> None:
     """An `Allocate` that has none."""
 
 
-def freeze_bytes(storage: torch.UntypedStorage, begin: int, size: int, copies: Copies, allocate: Allocate) -> bytes | memoryview:
+def freeze_bytes(
+    storage: torch.UntypedStorage, begin: int, size: int, copies: CopiesOut, allocate: Allocate
+) -> bytes | memoryview:
     """A copy, in main memory, of ``size`` bytes of a storage on any device; ``begin + size`` must not exceed it. What comes from
     an accelerator is there when ``copies`` have finished."""
     if storage.device.type != "cpu":
@@ -94,7 +96,7 @@ def freeze_elements(
     sizes: Sequence[int],
     strides: Sequence[int],
     offset: int,
-    copies: Copies,
+    copies: CopiesOut,
     allocate: Allocate,
 ) -> memoryview:
     """A contiguous copy, in main memory, of the elements that a strided view of a storage on any device has. What comes from an
@@ -102,7 +104,7 @@ def freeze_elements(
     dtype = _RAW[itemsize]
     view = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, tuple(sizes), tuple(strides))
     if storage.device.type != "cpu":
-        return copies.start_out(view)
+        return copies.start(view)
     copy, frame = _room(view.numel() * itemsize, allocate)
     copy.view(dtype).view(view.size()).copy_(view)
     return frame

@@ -6,10 +6,12 @@ reverse of the peer's map for this worker.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 
 import torch
 
+from zmqagent.agent.accelerator import ACCELERATOR, Accelerator
 from zmqagent.agent.devices import DeviceMap, DeviceMaps, Target, WorkerDevices, reverse_map, target_device
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord
@@ -32,11 +34,39 @@ class DeviceRoutes:
     Args:
         name: of this worker.
         maps: its own, by callee; what becomes of them later is not followed, since the others know them as they are now.
+        devices: its accelerators that maps may name; by default those that they do name.
+        accelerator: tells which devices can be handed over.
     """
 
-    def __init__(self, name: str, maps: DeviceMaps) -> None:
+    def __init__(
+        self,
+        name: str,
+        maps: DeviceMaps,
+        devices: Sequence[torch.device] = (),
+        accelerator: Accelerator = ACCELERATOR,
+    ) -> None:
         self._name = name
         self._maps = {to: dict(device_map) for to, device_map in maps.items()}
+        self._are_given = bool(devices)
+        self._accelerator = accelerator
+        # In order, without doubles. It only grows, by single steps of the interpreter, so that no lock is needed.
+        self._handed_over: dict[torch.device, None] = {}
+        self._add(devices or [device for device_map in self._maps.values() for device in device_map])
+
+    def take_in(self, record: PeerRecord) -> None:
+        """Notes which of this worker's devices a member of the group, which may be this worker, has in its maps."""
+        if not self._are_given:
+            self._add(_map_back(record.devices, self._name))
+
+    def _add(self, devices: Iterable[torch.device]) -> None:
+        for device in devices:
+            if device.type != "cpu" and self._accelerator.hands_over(device):
+                self._handed_over[device] = None
+
+    def handed_over(self) -> Sequence[torch.device]:
+        """The accelerators of this worker that messages bring tensors to, as far as futures can carry them: all that it was
+        given, or that the maps of the group name."""
+        return tuple(self._handed_over)
 
     def map_to(self, name: str) -> DeviceMap:
         """From this worker's devices to those of worker ``name``, for what this one asks it."""

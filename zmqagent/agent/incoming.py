@@ -1,7 +1,7 @@
 """Tensors on their way in: nothing is believed that was sent.
 
-`Incoming` checks all descriptions of one message against its buffers, and only then builds the first tensor. torch itself checks
-what needs the data: the indices of sparse tensors, the scales of quantized ones.
+`Incoming` checks all descriptions of one message against its buffers, then takes its memory to where it belongs, and only then
+builds the first tensor. torch itself checks what needs the data: the indices of sparse tensors, the scales of quantized ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from zmqagent.agent.buffers import CPU, receive_bytes, receive_tensor
-from zmqagent.agent.streams import Copies
+from zmqagent.agent.staging import Staging
+from zmqagent.agent.streams import CopiesIn
 from zmqagent.agent.strides import extent
 from zmqagent.agent.tensor_kinds import (
     COALESCED,
@@ -62,11 +63,10 @@ class _Strided(NamedTuple):
 
 
 class Incoming:
-    """The tensors of one message on their way in. `check` every description, then `check_rest`, then run the builders."""
+    """The tensors of one message on their way in. `check` every description, then `check_rest`, `place` and run the builders."""
 
-    def __init__(self, buffers: Sequence[memoryview], copies: Copies) -> None:
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
         self._buffers = buffers
-        self._copies = copies
         self._unclaimed = [buffer.nbytes for buffer in buffers]
         self._alignments: dict[_Piece, int] = {}
         self._storages: dict[_Piece, torch.UntypedStorage] = {}
@@ -88,6 +88,18 @@ class Incoming:
         left = sum(self._unclaimed)
         if left:
             raise ProtocolError(f"{left} bytes arrived that belong to no tensor")
+
+    def place(self, staging: Staging) -> None:
+        """Takes what belongs to the tensors that were checked to where it is to lie. Builders run behind the copies: some of them
+        look at the data."""
+        if not self._alignments:
+            return
+        with CopiesIn(staging) as copies:
+            for piece, alignment in self._alignments.items():
+                received = receive_bytes(self._buffers[piece.buffer][piece.start : piece.start + piece.size], alignment)
+                device = _device(piece.device)
+                placed = received if device == CPU else copies.start(received, device)
+                self._storages[piece] = placed.untyped_storage()
 
     def _dense(self, description: Any) -> Builder:
         strided = self._strided(description, DTYPES, REQUIRES_GRAD | CONJUGATE | NEGATIVE)
@@ -228,16 +240,7 @@ class Incoming:
         """Gives ``empty`` its shape and its memory."""
         if strided.piece is None:
             return empty.set_(empty.untyped_storage(), 0, strided.sizes, strided.strides)
-        return empty.set_(self._storage(strided.piece, strided.device), strided.offset, strided.sizes, strided.strides)
-
-    def _storage(self, piece: _Piece, device: torch.device) -> torch.UntypedStorage:
-        storage = self._storages.get(piece)
-        if storage is None:
-            view = self._buffers[piece.buffer][piece.start : piece.start + piece.size]
-            received = receive_bytes(view, self._alignments[piece])
-            storage = (received if device == CPU else self._copies.start_in(received, device)).untyped_storage()
-            self._storages[piece] = storage
-        return storage
+        return empty.set_(self._storages[strided.piece], strided.offset, strided.sizes, strided.strides)
 
 
 _CHECKS: dict[int, Callable[[Incoming, Any], Builder]] = {
@@ -303,7 +306,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ProtocolError(f"a tensor is meant for device {shown(name)}, which torch does not know") from error
-    if device.type not in ("cpu", "meta"):
+    if device.type == "cpu":
+        return CPU
+    if device.type != "meta":
         accelerator = torch.accelerator.current_accelerator()
         mine = accelerator is not None and device.type == accelerator.type
         if not mine or (device.index or 0) >= torch.accelerator.device_count():

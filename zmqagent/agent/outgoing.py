@@ -13,7 +13,7 @@ import torch
 
 from zmqagent.agent.buffers import CPU, SMALL, Allocate, freeze_bytes, freeze_elements
 from zmqagent.agent.devices import Target
-from zmqagent.agent.streams import Copies
+from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.strides import View, contiguous, pieces
 from zmqagent.agent.tensor_kinds import (
     COALESCED,
@@ -61,7 +61,7 @@ def settle(description: Any) -> Any:
 class Outgoing:
     """The tensors of one message on their way out."""
 
-    def __init__(self, target: Target, copies: Copies, allocate: Allocate) -> None:
+    def __init__(self, target: Target, copies: CopiesOut, allocate: Allocate) -> None:
         self._target = target
         self._copies = copies
         self._allocate = allocate

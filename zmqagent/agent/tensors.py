@@ -21,7 +21,8 @@ from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
 from zmqagent.agent.plain_tensors import pack_plain
-from zmqagent.agent.streams import ACCELERATOR, Accelerator, Copies
+from zmqagent.agent.staging import STAGING, Staging
+from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.tensor_kinds import Description
 from zmqagent.exceptions import ProtocolError
 
@@ -31,7 +32,7 @@ __all__ = ["Description", "pack", "unpack"]
 def pack(
     tensors: Sequence[torch.Tensor],
     target: Target = cpu_only,
-    accelerator: Accelerator = ACCELERATOR,
+    staging: Staging = STAGING,
     allocate: Allocate = from_heap,
 ) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
     """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
@@ -48,17 +49,16 @@ def pack(
         plain = pack_plain(tensors, target, allocate)
         if plain is not None:
             return plain
-        outgoing = Outgoing(target, Copies(accelerator), allocate)
-        descriptions = [outgoing.describe(tensor) for tensor in tensors]
-        buffers = outgoing.freeze()
+        with CopiesOut(staging) as copies:
+            outgoing = Outgoing(target, copies, allocate)
+            descriptions = [outgoing.describe(tensor) for tensor in tensors]
+            buffers = outgoing.freeze()
     return tuple([settle(description) for description in descriptions]), buffers
 
 
-def unpack(
-    descriptions: Sequence[Any], buffers: Sequence[memoryview], accelerator: Accelerator = ACCELERATOR
-) -> list[torch.Tensor]:
+def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview], staging: Staging = STAGING) -> list[torch.Tensor]:
     """The tensors that `pack` was given. They are leaves, writable, and keep alive what they need of ``buffers``. Those on an
-    accelerator are whole: any thread and any stream may use them.
+    accelerator are whole for the calling thread's current stream there; where threads do not hand over work under way, for all.
 
     A large buffer that is writable and aligned becomes the tensor's memory; anything else is copied into torch's own. Nothing is
     taken before the sizes have been checked against the buffers.
@@ -66,14 +66,12 @@ def unpack(
     Raises:
         ProtocolError: a description that `pack` does not make, or that does not fit the buffers.
     """
-    copies = Copies(accelerator)
-    incoming = Incoming(buffers, copies)
+    incoming = Incoming(buffers)
     builders = [incoming.check(description) for description in descriptions]
     incoming.check_rest()
     try:
-        tensors = [build() for build in builders]
-        copies.finish()
-        return tensors
+        incoming.place(staging)
+        return [build() for build in builders]
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         # torch checks the rest: indices of sparse tensors, scales of quantized ones, devices this worker has not.
         raise ProtocolError(f"a tensor cannot be built from what arrived: {error}") from error

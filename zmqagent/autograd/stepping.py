@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from zmqagent.agent.streams import ACCELERATOR
+from zmqagent.agent.accelerator import ACCELERATOR
 from zmqagent.autograd.plan import Edge, Node
 
 __all__ = ["add", "run_node", "run_recv", "stepping_on"]

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.futures import Future
 
 from zmqagent.exceptions import CalleeError, NotPicklableError, RemoteUserError, RpcError, RRefCreationError
@@ -176,6 +177,10 @@ def raising(future: Future[Any]) -> Future[Any]:
     return future
 
 
-def new_future() -> Future[Any]:
-    """A future whose ``set_result(Failed(...))`` makes ``wait`` raise."""
-    return raising(Future())
+def new_future(devices: Iterable[torch.device] = ()) -> Future[Any]:
+    """A future whose ``set_result(Failed(...))`` makes ``wait`` raise.
+
+    Whoever takes its value, and the callbacks that it runs, come behind the streams that its tensors on ``devices`` were made on
+    (`Requester.devices`); so do the futures that ``then`` returns.
+    """
+    return raising(Future(devices=list(devices)))

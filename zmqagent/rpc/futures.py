@@ -7,8 +7,10 @@ after all others have ended. These end with the first error, as torch's do for i
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.futures import Future
 
 from zmqagent.rpc.failures import Failed, new_future
@@ -16,9 +18,10 @@ from zmqagent.rpc.failures import Failed, new_future
 __all__ = ["collect_all", "wait_all"]
 
 
-def collect_all(futures: list[Future[Any]]) -> Future[list[Future[Any]]]:
-    """A future that is done when all ``futures`` are, with them as its value; or as soon as one has failed, with its error."""
-    collected = new_future()
+def collect_all(futures: list[Future[Any]], devices: Iterable[torch.device] = ()) -> Future[list[Future[Any]]]:
+    """A future that is done when all ``futures`` are, with them as its value; or as soon as one has failed, with its error. It
+    carries ``devices``, as `new_future` says."""
+    collected = new_future(devices)
     _Collection(futures, collected).begin()
     return collected
 

@@ -154,7 +154,7 @@ class Invoker:
     # What they share.
 
     def _call(self, dst: WorkerInfo, call: _PickledCall, message: Message, timeout: float, *, attach_always: bool) -> Future[Any]:
-        future = new_future()
+        future = new_future(self._messenger.devices)
         self._send(WorkerId(dst.id), call, message, partial(complete, future), timeout, attach_always)
         return future
 
@@ -195,7 +195,7 @@ class Invoker:
         attach_always: bool,
     ) -> PyRRef[Any]:
         rref, rref_id, fork_id = self._rrefs.new_remote(WorkerId(dst.id))
-        creation = new_future()
+        creation = new_future(self._messenger.devices)
         rref._set_future(creation)
 
         def failed(error: RpcError) -> None:

@@ -9,7 +9,10 @@ thread belongs to a call (`zmqagent.rpc.thread_state`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+
+import torch
 
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
 from zmqagent.agent.devices import DeviceMap
@@ -31,6 +34,11 @@ class Messenger:
     def __init__(self, requester: Requester, contexts: DistAutogradContainer) -> None:
         self._requester = requester
         self._contexts = contexts
+
+    @property
+    def devices(self) -> Sequence[torch.device]:
+        """See `Requester.devices`."""
+        return self._requester.devices
 
     def send(
         self,

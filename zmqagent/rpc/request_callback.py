@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.distributed.rpc.internal import PythonUDF
 
+from zmqagent.agent.accelerator import current_streams
 from zmqagent.agent.base import Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
@@ -178,7 +179,8 @@ class RpcRequestCallback:
             if error is not None:
                 done(None, error)
             else:
-                on_result(self._profiler.recorded(function, request.profile), is_async, done)
+                streams = current_streams(self._requester.devices)
+                on_result(self._profiler.recorded(function, request.profile), is_async, done, streams)
 
     def _load_function(self, body: Pickled) -> Callable[[], Any]:
         udf = pickler.loads(body)

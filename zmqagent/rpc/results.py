@@ -10,6 +10,7 @@ from zmqagent.agent.base import Reply
 from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc import pickler
 from zmqagent.rpc.failures import Failed
+from zmqagent.rpc.result_tensors import set_result
 from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import Failure, Return
 
@@ -18,7 +19,8 @@ __all__ = ["complete"]
 
 def complete(future: Future[Any], reply: Reply) -> None:
     """Gives ``future`` (made by `new_future`) the value that ``reply`` brought, or what makes its ``wait`` raise."""
-    future.set_result(_value(reply))
+    value = _value(reply)
+    set_result(future, value, reply.body.tensors if isinstance(reply, Return) and not isinstance(value, Failed) else ())
 
 
 def _value(reply: Reply) -> Any:

@@ -34,7 +34,7 @@ class RpcRRefCalls:
 
     def fetch(self, owner: WorkerId, rref_id: RRefId, timeout: float) -> Future[Any]:
         """Asks ``owner`` for the value of an RRef; the future holds it."""
-        future = new_future()
+        future = new_future(self._requester.devices)
         message = RRefFetch(rref_id).to_message()
         profiled = self._profiler.traced("RRef.to_here", owner)
         on_reply = partial(complete, future)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,9 +63,9 @@ def script_error(error: Exception) -> RpcError:
     return told
 
 
-def on_result(function: Callable[[], Any], is_async: bool, done: OnResult) -> None:
+def on_result(function: Callable[[], Any], is_async: bool, done: OnResult, streams: AbstractContextManager[None]) -> None:
     """Runs ``function`` and hands its value, or the exception it raised, to ``done(value, error)``: at once, or, for a function
-    that returns a future (``functions.async_execution``), on the thread that completes that."""
+    that returns a future (``functions.async_execution``), on the thread that completes that, within ``streams``."""
     try:
         result = function()
         if is_async and not isinstance(result, torch._C.Future):
@@ -77,13 +79,16 @@ def on_result(function: Callable[[], Any], is_async: bool, done: OnResult) -> No
     if not is_async:
         done(result, None)
         return
-    result.add_done_callback(lambda future: _take(future, done))
+    result.add_done_callback(partial(_take, done, streams))
 
 
-def _take(future: Future[Any], done: OnResult) -> None:
-    try:
-        value = future.value()
-    except Exception as error:
-        done(None, error)
-    else:
-        done(value, None)
+def _take(done: OnResult, streams: AbstractContextManager[None], future: Future[Any]) -> None:
+    # A future that carries devices runs its callbacks on streams that nobody else knows; what is kept of its value is to be
+    # found on those of the others. It is done, so that `wait` only has the current streams wait for it.
+    with streams:
+        try:
+            value = future.wait()
+        except Exception as error:
+            done(None, error)
+        else:
+            done(value, None)
