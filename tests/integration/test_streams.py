@@ -10,7 +10,7 @@ from tests.integration.harness import run_ranks
 from tests.support import fake_device
 from tests.support.late_accelerator import LateAccelerator
 from zmqagent.agent.accelerator import ACCELERATOR
-from zmqagent.agent.staging import Staging
+from zmqagent.agent.pinned import PinnedPool
 from zmqagent.agent.tensors import pack, unpack
 
 
@@ -35,7 +35,7 @@ def _send(rank: int, meeting_point: str) -> None:
         # A large one, two small ones that share a buffer, and a view that leaves most of its memory out.
         spread = torch.arange(40_000.0).to("fake:2").view(200, 200)[:, 3]
         sent = [made, torch.arange(3.0).to("fake:2"), spread, torch.ones(2)]
-        descriptions, buffers = pack(sent, _to_cpu, Staging(late))
+        descriptions, buffers = pack(sent, _to_cpu, PinnedPool(late))
         copies = ["copy from fake:1 to cpu", *["copy from fake:2 to cpu"] * 2]
         records = ["record on fake:1 main", "record on fake:2 main"]
         waits = ["thread waits for fake:1 main", "thread waits for fake:2 main"]
@@ -52,17 +52,17 @@ def test_a_message_waits_once_a_device_for_the_work_and_the_copies_out_of_it() -
 def _send_twice(rank: int, meeting_point: str) -> None:
     fake_device.install()
     late = LateAccelerator()
-    staging = Staging(late)
+    pool = PinnedPool(late)
     first, second = (torch.full((3000,), value, device="fake:0") for value in (1.0, 2.0))
-    descriptions, kept = pack([first], _to_cpu, staging)
-    pack([second], _to_cpu, staging)
+    descriptions, kept = pack([first], _to_cpu, pool)
+    pack([second], _to_cpu, pool)
     # The bytes of the second message have been dropped, those of the first are still to be sent.
-    pack([second], _to_cpu, staging)
+    pack([second], _to_cpu, pool)
     assert late.pinned_sizes == [16384, 16384]
     assert torch.equal(unpack(descriptions, views(kept))[0], torch.ones(3000))
 
 
-def test_what_is_to_be_sent_keeps_its_staging_memory() -> None:
+def test_what_is_to_be_sent_keeps_its_pinned_memory() -> None:
     run_ranks(_send_twice, 1)
 
 
@@ -83,10 +83,10 @@ TARGETS = ("fake:1", "fake:2", "fake:1", "cpu")
 def _receive(rank: int, meeting_point: str) -> None:
     fake_device.install()
     late = LateAccelerator()
-    staging = Staging(late)
+    pool = PinnedPool(late)
     late.give(device_of(1), "earlier work", lambda: None)
     packed = _packed(SENT, *TARGETS)
-    arrived = unpack(*packed, staging)
+    arrived = unpack(*packed, pool)
     assert [str(tensor.device) for tensor in arrived] == ["fake:1", "fake:2", "fake:1", "cpu"]
     assert late.log == [
         "earlier work",
@@ -99,8 +99,8 @@ def _receive(rank: int, meeting_point: str) -> None:
         "fake:2 main waits for fake:2 side",
         "fake:2 main uses 16 bytes",
     ]
-    # Other messages come through while these copies are under way: their staging memory is other memory.
-    others = unpack(*_packed([torch.full((3000,), 5.0), torch.ones(4), torch.ones(5)], *["fake:1"] * 3), staging)
+    # Other messages come through while these copies are under way: their pinned memory is other memory.
+    others = unpack(*_packed([torch.full((3000,), 5.0), torch.ones(4), torch.ones(5)], *["fake:1"] * 3), pool)
     used: list[bool] = []
     for number in (1, 2):
         late.give(device_of(number), "use", lambda: used.append(True))
@@ -109,7 +109,7 @@ def _receive(rank: int, meeting_point: str) -> None:
     assert all(torch.equal(there.cpu(), here) for there, here in zip(arrived, SENT, strict=True))
     assert torch.equal(others[0].cpu(), torch.full((3000,), 5.0))
     assert len(late.pinned_sizes) == 6
-    unpack(*packed, staging)
+    unpack(*packed, pool)
     assert len(late.pinned_sizes) == 6
 
 
@@ -120,7 +120,7 @@ def test_what_the_receiver_computes_waits_for_the_copies_and_they_for_nothing() 
 def _receive_whole(rank: int, meeting_point: str) -> None:
     fake_device.install()
     for late in (LateAccelerator(hands_over=False), LateAccelerator(pins=False), LateAccelerator(pins=False, hands_over=False)):
-        arrived = unpack(*_packed(SENT, *TARGETS), Staging(late))
+        arrived = unpack(*_packed(SENT, *TARGETS), PinnedPool(late))
         # Where the copy reads what arrived, that must not be gone before; and without side streams nobody else would wait.
         assert sum(entry.startswith("thread waits") for entry in late.log) == 2
         assert all(torch.equal(there.cpu(), here) for there, here in zip(arrived, SENT, strict=True))
@@ -144,7 +144,7 @@ def _receive_sparse(rank: int, meeting_point: str) -> None:
 
     torch.sparse_coo_tensor = build_on_cpu
     descriptions, buffers = pack([sent], lambda device: device_of(0))
-    (arrived,) = unpack(descriptions, views(buffers), Staging(late))
+    (arrived,) = unpack(descriptions, views(buffers), PinnedPool(late))
     assert torch.equal(arrived.to_dense(), torch.eye(3))
     assert seen[-3:] == ["thread waits for fake:0 main", "fake:0", "fake:0"]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.unit.tensor_travel import travel, wire
 from zmqagent.agent.incoming import Incoming
-from zmqagent.agent.staging import STAGING
+from zmqagent.agent.pinned import PINNED
 from zmqagent.agent.tensors import pack, unpack
 from zmqagent.exceptions import ProtocolError
 
@@ -155,7 +155,7 @@ def test_nothing_is_built_before_all_is_checked() -> None:
     build = incoming.check(DENSE)
     with pytest.raises(ProtocolError):
         incoming.check((99,))
-    incoming.place(STAGING)
+    incoming.place(PINNED)
     assert build().shape == (2, 3)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from zmqagent.agent.buffers import CPU, receive_bytes, receive_tensor
-from zmqagent.agent.staging import Staging
+from zmqagent.agent.pinned import PinnedPool
 from zmqagent.agent.streams import CopiesIn
 from zmqagent.agent.strides import extent
 from zmqagent.agent.tensor_kinds import (
@@ -89,12 +89,12 @@ class Incoming:
         if left:
             raise ProtocolError(f"{left} bytes arrived that belong to no tensor")
 
-    def place(self, staging: Staging) -> None:
+    def place(self, pool: PinnedPool) -> None:
         """Takes what belongs to the tensors that were checked to where it is to lie. Builders run behind the copies: some of them
         look at the data."""
         if not self._alignments:
             return
-        with CopiesIn(staging) as copies:
+        with CopiesIn(pool) as copies:
             for piece, alignment in self._alignments.items():
                 received = receive_bytes(self._buffers[piece.buffer][piece.start : piece.start + piece.size], alignment)
                 device = _device(piece.device)

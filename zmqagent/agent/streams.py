@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from zmqagent.agent.staging import Lent, Staging
+from zmqagent.agent.pinned import Lent, PinnedPool
 
 __all__ = ["CopiesIn", "CopiesOut"]
 
@@ -24,9 +24,9 @@ _CPU = torch.device("cpu")
 class CopiesOut:
     """The copies that a message takes on its way out. Used by one thread, as a context manager, whose end waits for them."""
 
-    def __init__(self, staging: Staging) -> None:
-        self._staging = staging
-        self._accelerator = staging.accelerator
+    def __init__(self, pool: PinnedPool) -> None:
+        self._pool = pool
+        self._accelerator = pool.accelerator
         # What copies under way read and write is kept for as long as they are.
         self._under_way: dict[torch.device, list[object]] = {}
 
@@ -36,9 +36,9 @@ class CopiesOut:
     def start(self, view: torch.Tensor) -> memoryview:
         """The bytes of ``view``, which is on an accelerator, contiguous in main memory; they are there after `finish`."""
         nbytes = view.numel() * view.itemsize
-        lent = self._staging.lend(nbytes)
+        lent = self._pool.lend(nbytes)
         memory = torch.empty(nbytes, dtype=torch.uint8, device=_CPU) if lent is None else lent.memory
-        frozen = memory.numpy().data if lent is None else self._staging.bytes_of(lent)
+        frozen = memory.numpy().data if lent is None else self._pool.bytes_of(lent)
         self._under_way.setdefault(view.device, []).append((view, frozen))
         self._accelerator.start_copy(view, memory.view(view.dtype).view(view.size()))
         return frozen
@@ -57,9 +57,9 @@ class CopiesIn:
     """The copies that a message takes on its way in. Used by one thread, as a context manager: what the current streams of that
     thread are given after its end comes behind the copies. On devices that do not hand over, they are done then."""
 
-    def __init__(self, staging: Staging) -> None:
-        self._staging = staging
-        self._accelerator = staging.accelerator
+    def __init__(self, pool: PinnedPool) -> None:
+        self._pool = pool
+        self._accelerator = pool.accelerator
         # By device: what each copy reads, and what it writes.
         self._under_way: dict[torch.device, list[tuple[Lent | torch.Tensor, torch.Tensor]]] = {}
 
@@ -71,7 +71,7 @@ class CopiesIn:
         with self._accelerator.beside(device):
             # Memory of the side stream: that of another would have to wait until that stream has done with it.
             arrived = torch.empty(received.numel(), dtype=torch.uint8, device=device)
-            lent = self._staging.lend(received.numel())
+            lent = self._pool.lend(received.numel())
             self._under_way.setdefault(device, []).append((received if lent is None else lent, arrived))
             if lent is not None:
                 ctypes.memmove(lent.memory.data_ptr(), received.data_ptr(), received.numel())
@@ -85,7 +85,7 @@ class CopiesIn:
                 event = self._accelerator.record(device)
             lent = [source for source, _ in copies if isinstance(source, Lent)]
             for each in lent:
-                self._staging.give_back(each, event)
+                self._pool.give_back(each, event)
             hands_over = self._accelerator.hands_over(device)
             if not hands_over or len(lent) < len(copies):
                 # Ordinary memory is the sender's, or torch's, to use again as soon as nobody refers to it.

@@ -20,8 +20,8 @@ from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.devices import Target, cpu_only
 from zmqagent.agent.incoming import Incoming
 from zmqagent.agent.outgoing import Outgoing, settle
+from zmqagent.agent.pinned import PINNED, PinnedPool
 from zmqagent.agent.plain_tensors import pack_plain
-from zmqagent.agent.staging import STAGING, Staging
 from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.tensor_kinds import Description
 from zmqagent.exceptions import ProtocolError
@@ -32,7 +32,7 @@ __all__ = ["Description", "pack", "unpack"]
 def pack(
     tensors: Sequence[torch.Tensor],
     target: Target = cpu_only,
-    staging: Staging = STAGING,
+    pool: PinnedPool = PINNED,
     allocate: Allocate = from_heap,
 ) -> tuple[tuple[Description, ...], list[bytes | memoryview]]:
     """Descriptions of ``tensors``, in order, and buffers with their bytes as they are now.
@@ -49,14 +49,14 @@ def pack(
         plain = pack_plain(tensors, target, allocate)
         if plain is not None:
             return plain
-        with CopiesOut(staging) as copies:
+        with CopiesOut(pool) as copies:
             outgoing = Outgoing(target, copies, allocate)
             descriptions = [outgoing.describe(tensor) for tensor in tensors]
             buffers = outgoing.freeze()
     return tuple([settle(description) for description in descriptions]), buffers
 
 
-def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview], staging: Staging = STAGING) -> list[torch.Tensor]:
+def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview], pool: PinnedPool = PINNED) -> list[torch.Tensor]:
     """The tensors that `pack` was given. They are leaves, writable, and keep alive what they need of ``buffers``. Those on an
     accelerator are whole for the calling thread's current stream there; where threads do not hand over work under way, for all.
 
@@ -70,7 +70,7 @@ def unpack(descriptions: Sequence[Any], buffers: Sequence[memoryview], staging: 
     builders = [incoming.check(description) for description in descriptions]
     incoming.check_rest()
     try:
-        incoming.place(staging)
+        incoming.place(pool)
         return [build() for build in builders]
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         # torch checks the rest: indices of sparse tensors, scales of quantized ones, devices this worker has not.

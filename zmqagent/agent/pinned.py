@@ -16,7 +16,7 @@ import torch
 
 from zmqagent.agent.accelerator import ACCELERATOR, Accelerator, Event
 
-__all__ = ["LIMIT", "STAGING", "Lent", "Staging"]
+__all__ = ["LIMIT", "PINNED", "Lent", "PinnedPool"]
 
 LIMIT = 256 << 20
 """Bytes that a process pins at most."""
@@ -26,7 +26,7 @@ _SMALLEST = 4096
 
 
 class Lent:
-    """Pinned memory on loan. Whoever has it calls one of `Staging.give_back` and `Staging.bytes_of`, once."""
+    """Pinned memory on loan. Whoever has it calls one of `PinnedPool.give_back` and `PinnedPool.bytes_of`, once."""
 
     __slots__ = ("block", "memory")
 
@@ -35,7 +35,7 @@ class Lent:
         self.memory = block[:nbytes]
 
 
-class Staging:
+class PinnedPool:
     """The pool of one process. All methods may be called from any thread.
 
     Args:
@@ -69,7 +69,9 @@ class Staging:
             if not self._make_room(size):
                 return None
             self._size += size
-        block = self.accelerator.pinned(size)
+        # Whoever is first to send may do so in inference mode, and those after it outside could not write to such memory.
+        with torch.inference_mode(False):
+            block = self.accelerator.pinned(size)
         if block is None:
             with self._lock:
                 self._size -= size
@@ -110,4 +112,4 @@ class Staging:
         return self._size + size <= self._limit
 
 
-STAGING = Staging(ACCELERATOR)
+PINNED = PinnedPool(ACCELERATOR)
