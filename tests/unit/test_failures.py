@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 import pytest
+import torch
 
 from zmqagent import exceptions
 from zmqagent.exceptions import (
@@ -166,3 +167,12 @@ def test_the_cause_of_an_error_is_kept() -> None:
     with pytest.raises(WorkerLostError, match="gone") as caught:
         future.wait()
     assert caught.value.__cause__ is error.__cause__
+
+
+def test_a_future_carries_the_devices_that_it_is_given() -> None:
+    future = new_future([torch.device("meta:0")])
+    future.set_result(5)
+    assert future.wait() == 5
+    # torch takes a stream of each device for a callback, and this device has none.
+    with pytest.raises(RuntimeError, match="acquiring a stream from pool"):
+        future.then(lambda done: done)

@@ -1,6 +1,7 @@
 """Futures of calls on a device with streams: torch's own code, told by a guard that the fake device has some.
 
 No test waits for a copy by hand: what a use comes behind is read from the orders that were given to streams and events.
+The guard is in C++, as torch's own are; these tests alone need a compiler, and so run only when they are named.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch.distributed.rpc as rpc
 from torch import Tensor
 from torch.futures import Future, collect_all, wait_all
 
+from tests.integration.dynamic_ranks import Stage, join
 from tests.integration.harness import run_ranks, worker
-from tests.support import logged_streams
-from tests.support.logged_streams import note_use, note_work, take_log, uses_memory, work_behind
+from tests.native import logged_streams
+from tests.native.logged_streams import note_use, note_work, take_log, uses_memory, work_behind
 from zmqagent.agent.accelerator import ACCELERATOR
 
 
@@ -202,6 +204,8 @@ def _end_in_other_ways() -> None:
         rpc.rpc_sync("worker1", fail)
     with pytest.raises(ValueError, match="on purpose"):
         rpc.remote("worker1", fail).to_here()
+    with pytest.raises(ValueError, match=r"device\(s\) fake:3 which are not among the expected device\(s\) fake:1"):
+        rpc.rpc_async("worker1", made, args=("fake:2",)).then(lambda future: made("fake:3")).wait()
     meta = rpc.rpc_sync("worker1", torch.ones, args=([2],), kwargs={"device": "meta"})
     assert meta.is_meta
 
@@ -224,6 +228,27 @@ def _differentiate() -> None:
 
 def test_gradients_are_there_for_who_reads_them_on_devices_of_any_number(guard: str) -> None:
     lead(guard, _differentiate)
+
+
+def _join_with_a_map(guard: str, rank: int, meeting_point: str) -> None:
+    logged_streams.install(guard)
+    stage = Stage(meeting_point)
+    if rank == 0:
+        join(0, meeting_point)
+        agent: Any = rpc.api._get_current_rpc_agent()
+        assert list(agent.devices) == []
+        stage.reach("founded")
+        stage.wait("joined")
+        assert list(agent.devices) == [torch.device("fake:3")]
+    else:
+        stage.wait("founded")
+        join(1, meeting_point, device_maps={"worker0": {1: 3}})
+        stage.reach("joined")
+    rpc.shutdown()
+
+
+def test_futures_carry_what_the_map_of_a_newcomer_names(guard: str) -> None:
+    run_ranks(partial(_join_with_a_map, guard), 2)
 
 
 def _overlap(guard: str, rank: int, meeting_point: str) -> None:

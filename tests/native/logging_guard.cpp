@@ -1,6 +1,6 @@
 // Streams and events of a device that has none: torch is told that there are some, and every order given to them is logged.
 //
-// torch's own code, such as its futures, then treats the device of tests/support/fake_device.py as it treats any other with
+// torch's own code, such as its futures, then treats the fake device of tests/support/fake_device.py as it treats any other with
 // streams. Nothing runs late, so the log says what would be waited for: "record EVENT STREAM", "wait EVENT STREAM",
 // "use STREAM"; a stream is written DEVICE/NUMBER.
 
