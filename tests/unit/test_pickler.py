@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.rpc import internal as torch_internal
 from torch.distributed.rpc.internal import PythonUDF
 
 from zmqagent.exceptions import CalleeError, NotPicklableError, RRefUsageError
@@ -140,7 +141,32 @@ def test_what_pickle_refuses_is_not_picklable_and_nothing_stays_behind(make: Any
 
 def test_the_error_names_the_function_of_a_call() -> None:
     with pytest.raises(NotPicklableError, match="the call of assert_same and its arguments"):
-        pickler.dumps(PythonUDF(assert_same, (threading.Lock(),), {}))
+        pickler.dumps_call(PythonUDF(assert_same, (threading.Lock(),), {}))
+
+
+def test_a_call_travels_without_the_name_of_its_class() -> None:
+    call = PythonUDF(assert_same, (1,), {"expected": 2})
+    body = pickler.dumps_call(call)
+    assert b"PythonUDF" not in body.payload
+    assert pickler.loads_call(body) == call
+    # As a pickler of the user's leaves it.
+    assert pickler.loads_call(Pickled(pickle.dumps(call))) == call
+
+
+@pytest.mark.parametrize("other", [None, (), (len,), (len, ()), (5, (), {}), [len, (), {}], (len, (), {}, None)])
+def test_what_is_no_call_is_refused(other: Any) -> None:
+    with pytest.raises(CalleeError, match=r"a call carries a function and its arguments, but a .* arrived"):
+        pickler.loads_call(pickler.dumps(other))
+
+
+def test_a_users_reducer_for_arrays_goes_before_this_packages() -> None:
+    registered = torch_internal._internal_rpc_pickler._class_reducer_dict
+    registered[np.ndarray] = lambda array: (str, ("the user's",))
+    try:
+        assert there_and_back(np.ones(1)) == "the user's"
+    finally:
+        del registered[np.ndarray]
+        torch_internal._internal_rpc_pickler._dispatch_table[np.ndarray] = pickler._reduce_array
 
 
 def test_an_error_of_this_package_passes_unchanged() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed.rpc as rpc
 
-__all__ = ["EAGER_FORMS"]
+__all__ = ["EAGER_FORMS", "eager_form"]
 
 
 @contextmanager
@@ -52,3 +52,10 @@ EAGER_FORMS: dict[str, Callable[..., Any]] = {
     f"__torch__.{_MODULE}._script_local_optimizer_step": _local_optimizer_step,
 }
 """What is called instead, by the qualified name of torch's function."""
+
+
+def eager_form(function: Any) -> Callable[..., Any] | None:
+    """What is called instead of the Python function ``function``, if it is one of torch's optimizer."""
+    if getattr(function, "__module__", None) != _MODULE:
+        return None
+    return EAGER_FORMS.get(f"{_MODULE}.{getattr(function, '__qualname__', '')}")

@@ -15,7 +15,7 @@ from torch.distributed.rpc import PyRRef, WorkerInfo
 from torch.distributed.rpc.internal import PythonUDF, _internal_rpc_pickler
 from torch.futures import Future
 
-from zmqagent.agent.base import Reply
+from zmqagent.agent.base import OnReply, Reply
 from zmqagent.exceptions import (
     ProtocolError,
     RpcError,
@@ -25,7 +25,7 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rpc import pickler
-from zmqagent.rpc.eager_optimizer import EAGER_FORMS
+from zmqagent.rpc.eager_optimizer import EAGER_FORMS, eager_form
 from zmqagent.rpc.failures import Failed, new_future, untraced
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import current_call
@@ -64,7 +64,7 @@ class CallPickler:
 
     def serialize(self, obj: Any) -> tuple[_PickledCall, Sequence[torch.Tensor]]:
         """Pickles a call; the first part of the result only means something to `Invoker`."""
-        if isinstance(obj, PythonUDF) and (eager := EAGER_FORMS.get(_qualified_name(obj.func))):
+        if isinstance(obj, PythonUDF) and (eager := eager_form(obj.func)):
             obj = obj._replace(func=eager)
         call = _pickle(self._rrefs, obj)
         return call, call.body.tensors
@@ -74,13 +74,17 @@ class CallPickler:
         return getattr(_internal_rpc_pickler, name)
 
 
-def _qualified_name(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-
-
 def _pickle(rrefs: RRefContext, obj: Any) -> _PickledCall:
     with rrefs.pickling() as forks:
-        return _PickledCall(pickler.dumps(obj), forks)
+        body = pickler.dumps_call(obj) if isinstance(obj, PythonUDF) else pickler.dumps(obj)
+        return _PickledCall(body, forks)
+
+
+def _settle(forks: Forks, on_reply: OnReply, reply: Reply) -> None:
+    if isinstance(reply, UnreadableCallError):
+        # Nobody there will ever claim the shares in RRefs that the call brought.
+        forks.cancel()
+    on_reply(reply)
 
 
 class Invoker:
@@ -163,18 +167,14 @@ class Invoker:
         to: WorkerId,
         call: _PickledCall,
         message: Message,
-        on_reply: Callable[[Reply], None],
+        on_reply: OnReply,
         timeout: float,
         attach_always: bool,
     ) -> None:
-        def settle(reply: Reply) -> None:
-            if isinstance(reply, UnreadableCallError):
-                # Nobody there will ever claim the shares in RRefs that the call brought.
-                call.forks.cancel()
-            on_reply(reply)
-
+        if call.forks:
+            on_reply = partial(_settle, call.forks, on_reply)
         try:
-            self._messenger.send(to, message, settle, timeout=timeout, attach_always=attach_always, profiled=current_call())
+            self._messenger.send(to, message, on_reply, timeout=timeout, attach_always=attach_always, profiled=current_call())
         except (WorkerLostError, SendFailedError) as error:
             # No fault of the caller's: it learns of it where it would learn of a loss a moment later.
             call.forks.cancel()

@@ -10,17 +10,19 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.rpc import internal as torch_internal
+from torch.distributed.rpc.internal import PythonUDF
 
 from zmqagent.agent.buffers import freeze_buffers, writable
 from zmqagent.exceptions import CalleeError, NotPicklableError, RpcError
 from zmqagent.wire.commands import Pickled
 
-__all__ = ["dumps", "loads"]
+__all__ = ["dumps", "dumps_call", "loads", "loads_call"]
 
 _torch_pickler = torch_internal._internal_rpc_pickler
 _tables: threading.local = torch_internal._thread_local_tensor_tables
@@ -35,6 +37,15 @@ def dumps(obj: object) -> Pickled:
         NotPicklableError: pickle refuses the object, or something in it.
         RpcError: what a reducer of this package raises, unchanged.
     """
+    return _dumps(obj, obj)
+
+
+def dumps_call(call: PythonUDF) -> Pickled:
+    """Pickles a call, as a plain tuple: its class would have to be looked up by name on both sides. Raises as `dumps`."""
+    return _dumps(tuple(call), call)
+
+
+def _dumps(obj: object, described: object) -> Pickled:
     file = io.BytesIO()
     buffers: list[pickle.PickleBuffer] = []
     pickler = pickle.Pickler(file, protocol=5, buffer_callback=buffers.append)
@@ -49,7 +60,7 @@ def dumps(obj: object) -> Pickled:
         raise
     except Exception as error:
         # Reducers are user code: whatever they raise means that this object cannot be sent.
-        raise NotPicklableError(f"cannot pickle {_describe(obj)} to send it: {type(error).__name__}: {error}") from error
+        raise NotPicklableError(f"cannot pickle {_describe(described)} to send it: {type(error).__name__}: {error}") from error
     finally:
         _tables.send_tables = former
     return Pickled(file.getvalue(), freeze_buffers(buffers), tensors)
@@ -80,6 +91,20 @@ def loads(body: Pickled) -> Any:
         _tables.recv_tables = former
 
 
+def loads_call(body: Pickled) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The function and its arguments that `dumps_call` took apart, or a pickler of the user's (as a `PythonUDF`). Whether the
+    function can be called with these is left to the call itself.
+
+    Raises:
+        CalleeError: as `loads`, or it is something else.
+        RpcError: what a reducer of this package raises, unchanged.
+    """
+    call = loads(body)
+    if not (isinstance(call, tuple) and len(call) == len(PythonUDF._fields) and callable(call[0])):
+        raise CalleeError(f"a call carries a function and its arguments, but a {type(call).__qualname__} arrived")
+    return call
+
+
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
     """Takes every array without Python objects out of the pickle; numpy leaves views with gaps, dates and time spans in it."""
     if array.dtype.hasobject:
@@ -98,13 +123,13 @@ def _restore_array(data: np.ndarray[Any, Any], dtype: np.dtype[Any], shape: tupl
     return data.view(dtype).reshape(shape)
 
 
+_torch_pickler._dispatch_table.setdefault(np.ndarray, _reduce_array)
+
+
 def _dispatch_table(obj: object) -> dict[type, Any]:
     """torch's table, with what users registered there; ScriptModules save themselves when they are the object sent."""
     table: dict[type, Any] = _torch_pickler._dispatch_table
-    table.setdefault(np.ndarray, _reduce_array)
-    registered = _torch_pickler._class_reducer_dict
-    if registered and not registered.keys() <= table.keys():
-        table.update(registered)
+    table.update(_torch_pickler._class_reducer_dict)
     if isinstance(obj, torch.jit.ScriptModule) and type(obj) not in table:
         table[type(obj)] = _torch_pickler._script_module_reducer
     return table
@@ -112,7 +137,7 @@ def _dispatch_table(obj: object) -> dict[type, Any]:
 
 def _describe(obj: object) -> str:
     """What is being sent, for an error's text: the function of a call, else the type of a result."""
-    if isinstance(obj, torch_internal.PythonUDF):
+    if isinstance(obj, PythonUDF):
         function = getattr(obj.func, "__qualname__", None) or repr(obj.func)
         return f"the call of {function} and its arguments"
     return f"an object of type {type(obj).__qualname__}"

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch.distributed.rpc.internal import PythonUDF
-
 from zmqagent.agent.accelerator import current_streams
 from zmqagent.agent.base import Requester, Respond
 from zmqagent.autograd.container import DistAutogradContainer
@@ -54,6 +52,9 @@ from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
 
 __all__ = ["RpcRequestCallback"]
+
+_Call = PythonCall | ScriptCall | PythonRemoteCall | ScriptRemoteCall
+_Load = Callable[[Pickled], Callable[[], Any]]
 
 
 @frozen
@@ -123,51 +124,45 @@ class RpcRequestCallback:
     # Calls. The function, or what it names, is loaded first; it runs when the owners know of the RRefs among its arguments.
 
     def _python_call(self, request: _Request, call: PythonCall) -> None:
-        self._run(request, self._load_function, call.body, call.is_async, partial(self._answer, request))
+        self._run(request, call, self._load_function, partial(self._answering(call), request))
 
     def _script_call(self, request: _Request, call: ScriptCall) -> None:
-        load, done = partial(self._load_script, call), partial(self._answer, request)
-        self._run(request, load, call.body, call.is_async, done if call.is_builtin else script_ends(done))
+        done = partial(self._answering(call), request)
+        self._run(request, call, partial(self._load_script, call), done if call.is_builtin else script_ends(done))
+
+    def _answering(self, call: PythonCall | ScriptCall) -> Callable[[_Request, Any, BaseException | None], None]:
+        # What returns a future is answered on whichever thread completes that.
+        return self._answer_from_elsewhere if call.is_async else self._answer
 
     def _python_remote_call(self, request: _Request, call: PythonRemoteCall) -> None:
         keep = partial(self._keep, request, call.rref_id, call.fork_id)
-        self._run_remote(request, self._load_function, call, keep)
+        self._run_remote(request, call, self._load_function, keep)
 
     def _script_remote_call(self, request: _Request, call: ScriptRemoteCall) -> None:
         keep = partial(self._keep, request, call.rref_id, call.fork_id)
-        self._run_remote(request, partial(self._load_script, call), call, keep if call.is_builtin else script_ends(keep))
+        self._run_remote(request, call, partial(self._load_script, call), keep if call.is_builtin else script_ends(keep))
 
-    def _run_remote(
-        self,
-        request: _Request,
-        load: Callable[[Pickled], Callable[[], Any]],
-        call: PythonRemoteCall | ScriptRemoteCall,
-        keep: OnResult,
-    ) -> None:
+    def _run_remote(self, request: _Request, call: PythonRemoteCall | ScriptRemoteCall, load: _Load, keep: OnResult) -> None:
         # The owner exists from now on, so that fetches which overtake the function find something to wait for.
         self._rrefs.create_owner(call.rref_id, call.fork_id)
         try:
-            self._run(request, load, call.body, call.is_async, keep)
+            self._run(request, call, load, keep)
         except BaseException as error:
             # Whatever it was, fetches wait for a value or for this.
             keep(None, error)
 
-    def _run(
-        self,
-        request: _Request,
-        load: Callable[[Pickled], Callable[[], Any]],
-        body: Pickled,
-        is_async: bool,
-        done: OnResult,
-    ) -> None:
+    def _run(self, request: _Request, call: _Call, load: _Load, done: OnResult) -> None:
         with self._rrefs.unpickling() as pending:
             try:
-                function = load(body)
+                function = load(call.body)
             except CalleeError as error:
                 raise UnreadableCallError(str(error)) from error
-        self._rrefs.when_confirmed(pending, partial(self._start, request, function, is_async, done))
+        if pending:
+            self._rrefs.when_confirmed(pending, partial(self._resume, request, function, call.is_async, done))
+        else:
+            self._start(request, function, call.is_async, done)
 
-    def _start(
+    def _resume(
         self,
         request: _Request,
         function: Callable[[], Any],
@@ -175,19 +170,21 @@ class RpcRequestCallback:
         done: OnResult,
         error: RpcError | None,
     ) -> None:
+        """Goes on with a call whose RRefs have been confirmed, or have not, by ``error``; runs on any thread."""
         with self._contexts.activate(request.context), clean_state():
             if error is not None:
                 done(None, error)
             else:
-                streams = current_streams(self._requester.devices)
-                on_result(self._profiler.recorded(function, request.profile), is_async, done, streams)
+                self._start(request, function, is_async, done)
+
+    def _start(self, request: _Request, function: Callable[[], Any], is_async: bool, done: OnResult) -> None:
+        streams = current_streams(self._requester.devices)
+        on_result(self._profiler.recorded(function, request.profile), is_async, done, streams)
 
     def _load_function(self, body: Pickled) -> Callable[[], Any]:
-        udf = pickler.loads(body)
-        if not isinstance(udf, PythonUDF):
-            raise CalleeError(f"a call carries a function and its arguments, but a {type(udf).__qualname__} arrived")
+        function, args, kwargs = pickler.loads_call(body)
         # What cannot be called so is the caller's mistake, and comes back to it as Python's own error.
-        return lambda: udf.func(*udf.args, **udf.kwargs)
+        return lambda: function(*args, **kwargs)
 
     def _load_script(self, call: ScriptCall | ScriptRemoteCall, body: Pickled) -> Callable[[], Any]:
         function = resolve_script_function(call.name, call.is_builtin)
@@ -208,13 +205,17 @@ class RpcRequestCallback:
         me = self._requester.worker_id
         return f"WorkerInfo(id={me}, name={self._requester.worker_name(me)})"
 
-    def _answer(self, request: _Request, value: Any, error: BaseException | None) -> None:
-        """Sends a function's value, or its exception, back; runs on whichever thread completed it."""
+    def _answer_from_elsewhere(self, request: _Request, value: Any, error: BaseException | None) -> None:
+        """`_answer`, on a thread that may be anybody's."""
         with self._contexts.activate(request.context), clean_state():
-            if error is not None:
-                request.respond(self._describe(error).to_message())
-            else:
-                self._respond_with(request, value)
+            self._answer(request, value, error)
+
+    def _answer(self, request: _Request, value: Any, error: BaseException | None) -> None:
+        """Sends a function's value, or its exception, back."""
+        if error is not None:
+            request.respond(self._describe(error).to_message())
+        else:
+            self._respond_with(request, value)
 
     def _respond_with(self, request: _Request, value: Any) -> None:
         try:
@@ -256,7 +257,7 @@ class RpcRequestCallback:
             if owner is None or error is not None:
                 request.respond(failures.describe_kept(error, self._me()).to_message())
             else:
-                self._answer(request, owner.value(), None)
+                self._answer_from_elsewhere(request, owner.value(), None)
 
         self._rrefs.when_owner_ready(fetch.rref_id, ready)
 

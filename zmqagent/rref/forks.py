@@ -104,6 +104,10 @@ class PendingUsers:
         # An RRef that is no more stops the function, not the unpickling: the shares behind it would never be claimed.
         self.error: RpcError | None = None
 
+    def __bool__(self) -> bool:
+        """Whether there is something to wait for, or an error."""
+        return bool(self.fork_ids) or self.error is not None
+
     def __enter__(self) -> PendingUsers:
         _scopes.unpickling.append(self)
         return self

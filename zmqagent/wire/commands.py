@@ -71,7 +71,7 @@ def _body(message: Message) -> Pickled:
 
 @frozen
 class PythonCall:
-    """Run a pickled function; ``body`` is a pickled ``PythonUDF(func, args, kwargs)``."""
+    """Run a pickled function; ``body`` is a pickled tuple of it, its arguments and its named arguments."""
 
     type: ClassVar[MessageType] = MessageType.PYTHON_CALL
     body: Pickled

@@ -17,7 +17,7 @@ def take(message: Message, *types: type) -> tuple[Any, ...]:
     """The fields of ``message``, checked against ``types`` one by one; integers also against their range."""
     fields = message.fields
     # bool is an int to isinstance, yet never a valid id here: compare exact types.
-    if len(fields) != len(types) or any(type(f) is not t for f, t in zip(fields, types, strict=True)):
+    if tuple(map(type, fields)) != types:
         wanted = ", ".join(t.__name__ for t in types)
         got = ", ".join(type(f).__name__ for f in fields[: len(types) + 1])
         raise ProtocolError(f"a {message.type.name} message carries the fields ({wanted}), but ({got}) arrived")
