@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from zmqagent.transport.base import Event, PeerRecord, PeerUp, Received, Transport
 from zmqagent.transport.hosts import describe_self
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.sockets import SocketTransport
 from zmqagent.wire.types import WorkerId
 
 PATIENCE = 30.0
@@ -56,11 +56,11 @@ class Worker:
 
 
 def _ipc(incarnation: int) -> Transport:
-    return ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
+    return SocketTransport(ipc=True, tcp_host=None, incarnation=incarnation)
 
 
 def _tcp(incarnation: int) -> Transport:
-    return ZmqTransport(ipc=False, tcp_host="127.0.0.1", incarnation=incarnation)
+    return SocketTransport(ipc=False, tcp_host="127.0.0.1", incarnation=incarnation)
 
 
 KINDS: dict[str, Callable[[int], Transport]] = {"ipc": _ipc, "tcp": _tcp}

@@ -1,4 +1,4 @@
-"""What `ZmqTransport` guarantees beyond the contract: deaths, forks, exits, and what it leaves behind."""
+"""What `SocketTransport` guarantees beyond the contract: deaths, forks, exits, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zmqagent.transport import connection_watch
 from zmqagent.transport.base import PeerDown, PeerRecord, PeerSuspected, PeerUp, Received
 from zmqagent.transport.endpoints import MAX_IPC_PATH
 from zmqagent.transport.hosts import describe_self
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.sockets import SocketTransport
 from zmqagent.wire.frames import DEFAULT_LIMITS
 from zmqagent.wire.types import WorkerId
 
@@ -47,10 +47,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_zmq() -> Iterator[Callable[..., Worker]]:
-    made: list[ZmqTransport] = []
+    made: list[SocketTransport] = []
 
     def make(worker_id: int = 0, **options: Any) -> Worker:
-        transport = ZmqTransport(incarnation=worker_id + 1, **options)
+        transport = SocketTransport(incarnation=worker_id + 1, **options)
         made.append(transport)
         return Worker(transport, describe_self(f"w{worker_id}", WorkerId(worker_id), worker_id + 1, transport.addresses))
 
@@ -288,13 +288,13 @@ class TestAddresses:
     def test_what_cannot_be_listened_on_is_refused_and_leaves_nothing(self, options: dict[str, Any], text: str) -> None:
         before = open_files()
         with pytest.raises(InvalidOptionError, match=text):
-            ZmqTransport(incarnation=1, **options)
+            SocketTransport(incarnation=1, **options)
         assert open_files() == before
 
     def test_a_port_in_use_is_refused(self, make_zmq: Callable[..., Worker]) -> None:
         (address,) = make_zmq(ipc=False, tcp_host="127.0.0.1").transport.addresses
         with pytest.raises(InvalidOptionError, match="in use"):
-            ZmqTransport(ipc=False, tcp_host="127.0.0.1", tcp_port=int(address.rpartition(":")[2]), incarnation=1)
+            SocketTransport(ipc=False, tcp_host="127.0.0.1", tcp_port=int(address.rpartition(":")[2]), incarnation=1)
 
 
 class _Interrupting:
@@ -347,7 +347,7 @@ def test_a_parting_socket_is_closed_when_its_time_is_over(worker: Make, monkeypa
 def test_it_says_where_it_listens_and_to_how_many_it_is_connected(worker: Make) -> None:
     a, b = worker(0), worker(1)
     introduce(a, b)
-    assert repr(a.transport) == f"<ZmqTransport {a.record.incarnation:x} at {a.record.addresses[0]}, 1 peers>"
+    assert repr(a.transport) == f"<SocketTransport {a.record.incarnation:x} at {a.record.addresses[0]}, 1 peers>"
     a.transport.close()
     assert repr(a.transport).endswith(", closed>")
 
@@ -458,6 +458,6 @@ def test_without_the_means_for_a_connection_one_send_fails_and_a_later_one_succe
 
 
 def test_a_frame_larger_than_any_message_is_refused_by_its_head() -> None:
-    transport = ZmqTransport(ipc=True, tcp_host=None, incarnation=1)
+    transport = SocketTransport(ipc=True, tcp_host=None, incarnation=1)
     assert transport._pull.getsockopt(zmq.MAXMSGSIZE) == DEFAULT_LIMITS.message_bytes
     transport.close()

@@ -21,7 +21,7 @@ from zmqagent.exceptions import InvalidOptionError, RendezvousError, RpcError, R
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.base import PeerRecord
 from zmqagent.transport.hosts import describe_self
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.sockets import SocketTransport
 from zmqagent.wire.commands import Join, Pickled, PythonCall, Return
 from zmqagent.wire.types import Message, WorkerId
 
@@ -34,7 +34,7 @@ class Node:
 
     def __init__(self, store: dist.Store, worker_id: int) -> None:
         incarnation = next(incarnations)
-        transport = ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
+        transport = SocketTransport(ipc=True, tcp_host=None, incarnation=incarnation)
         roster = Roster(store, DEADLINE_S, lambda peer: False)
         newcomer = describe_self(f"worker-{worker_id}", WorkerId(worker_id), incarnation, transport.addresses)
         self.record, self.others = roster.enter(newcomer)
@@ -217,7 +217,7 @@ def test_in_a_dynamic_group_sync_does_not_wait_for_the_others(town: Town) -> Non
 
 def test_a_worker_of_a_static_group_lets_nobody_in(town: Town) -> None:
     """Whoever announces itself there has found it by mistake, or by an error."""
-    transport = ZmqTransport(ipc=True, tcp_host=None, incarnation=next(incarnations))
+    transport = SocketTransport(ipc=True, tcp_host=None, incarnation=next(incarnations))
     record = describe_self("static", WorkerId(0), transport._incarnation, transport.addresses)
     static = ZmqRpcAgent(record, transport, ZmqRpcBackendOptions())
     newcomer = Node(town.store, 1)

@@ -25,7 +25,7 @@ from zmqagent.exceptions import (
 )
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.hosts import describe_self
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.sockets import SocketTransport
 from zmqagent.wire.commands import Ack, Failure, Pickled, PythonCall, Return
 from zmqagent.wire.types import Message, WorkerId
 
@@ -37,7 +37,7 @@ class Node:
     """One worker: its agent, and what it does with requests (``serve``), which tests replace."""
 
     def __init__(self, worker_id: WorkerId, threads: int = 2) -> None:
-        transport = ZmqTransport(ipc=True, tcp_host=None, incarnation=worker_id + 1)
+        transport = SocketTransport(ipc=True, tcp_host=None, incarnation=worker_id + 1)
         self.transport = transport
         self.record = describe_self(f"worker{worker_id}", worker_id, worker_id + 1, transport.addresses)
         self.agent = ZmqRpcAgent(self.record, transport, ZmqRpcBackendOptions(num_worker_threads=threads))

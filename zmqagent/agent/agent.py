@@ -25,6 +25,7 @@ from torch.distributed.rpc import WorkerInfo
 from zmqagent.agent.admission import Admission, Departures
 from zmqagent.agent.barriers import Barriers
 from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond, check_timeout
+from zmqagent.agent.clock import Clock
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.device_routes import DeviceRoutes
 from zmqagent.agent.devices import DeviceMap, Target
@@ -65,8 +66,8 @@ now."""
 _JOIN_PAUSE = 0.01
 """Seconds between two rounds of `join`: somebody still serves a call, and asking without a pause would slow that down."""
 
-_LONGEST_WAIT = 1.0
-"""Seconds after which receiving looks up in any case. A call whose deadline is later than that needs no wake-up of its own."""
+_HOUSEKEEPING = 1.0
+"""Seconds between two looks at what nobody needs any more."""
 
 
 class ZmqRpcAgent:
@@ -110,7 +111,10 @@ class ZmqRpcAgent:
         self._admission = (
             None if roster is None else Admission(me, self._group, transport, self._exchange, roster, self._news.tell)
         )
-        self._executor = Executor(self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}")
+        self._clock = Clock(self._tick, f"zmqagent-{me.name}")
+        self._executor = Executor(
+            self._receive, transport.wake, options.num_worker_threads, f"zmqagent-{me.name}", self._clock.hurry
+        )
         self._interrupts: InterruptWatch | None = None
         self._callback: RequestCallback | None = None
         self._on_worker_lost: OnWorkerLost | None = None
@@ -152,6 +156,7 @@ class ZmqRpcAgent:
         self._on_worker_joined = on_worker_joined
         self._exchange.start(self._executor)
         self._executor.start()
+        self._clock.start()
         self._interrupts = InterruptWatch(self._exchange.interrupt)
         self._pid = os.getpid()
         atexit.register(self._at_exit)
@@ -384,6 +389,7 @@ class ZmqRpcAgent:
         self._group.leave(_GROUP_ENDED if self._has_ended else "it shut down")
         if self._interrupts is not None:
             self._interrupts.close()
+        self._clock.stop()
         # Requests that had not begun are dropped: their callers learn it from the goodbye. Completions are owed to callers here.
         for task in self._executor.stop():
             if not is_request(task):
@@ -402,26 +408,34 @@ class ZmqRpcAgent:
         if self._pid == os.getpid():
             assert self._interrupts is not None
             self._interrupts.close()
+            self._clock.stop()
             self._executor.stop()
             self._executor.join(_EXIT_WAIT)
 
-    # Receiving, on the thread of the executor that has the turn.
+    # Receiving, on the idle threads of the executor, and on the clock's.
 
-    def _receive(self, timeout: float | None) -> Task | None:
-        wait = self._exchange.time_to_look_up(_LONGEST_WAIT if timeout is None else min(timeout, _LONGEST_WAIT))
-        event = self._transport.receive(wait)
-        # Not straight to the executor: once that has stopped, a call's end is still owed to whoever made it.
+    def _receive(self, timeout: float | None = None) -> list[Task]:
+        tasks = []
+        for event in self._transport.receive(timeout):
+            if isinstance(event, Received):
+                task = self._exchange.take_in(event.frames, self._group.accepts)
+                if task is not None:
+                    tasks.append(task)
+            else:
+                self._group.on_peer_event(event)
+        return tasks
+
+    def _tick(self) -> bool:
+        """What time brings; says whether there is more to come soon."""
+        # Deaths are told by receiving, also while all threads run something.
+        self._exchange.submit(self._receive(0.0))
         self._exchange.submit(self._exchange.tick())
-        if time.monotonic() - self._house_kept_at >= _LONGEST_WAIT:
-            self._house_kept_at = time.monotonic()
+        now = time.monotonic()
+        if now - self._house_kept_at >= _HOUSEKEEPING:
+            self._house_kept_at = now
             self._exchange.refusals.report()
             self._exchange.submit([self._keep_house])
-        if event is None:
-            return None
-        if isinstance(event, Received):
-            return self._exchange.take_in(event.frames, self._group.accepts)
-        self._group.on_peer_event(event)
-        return None
+        return self._executor.look()
 
     def _serve(self, source: WorkerId, message: Message, respond: Respond) -> None:
         if message.type is MessageType.BARRIER_REQ:

@@ -1,7 +1,7 @@
 """Requests out and answers in, requests in and answers out: the traffic of one worker.
 
 `Exchange` is the shell around the two machines that know calls: `Calls`, what this worker asked others, and `Served`, what others
-asked of it. It takes in what whichever thread of the executor has the turn receives, and hands it back as a task, so that neither
+asked of it. It takes in what the threads of the executor receive, and hands it back as a task, so that neither
 user code nor the decoding of tensors holds up receiving.
 """
 
@@ -98,15 +98,14 @@ class Exchange:
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
         self.gil = GilProfiler()
-        # Protects _calls, _waiting, _looks_up_at and _closed_for; held for single steps of the machine. Drawing one of _numbers
+        # Protects _calls, _waiting and _closed_for; held for single steps of the machine. Drawing one of _numbers
         # is a single step of the interpreter.
         self._lock = threading.Lock()
         self._calls = Calls()
         self._waiting: dict[CallId, _Waiting] = {}
         self._numbers: defaultdict[WorkerId, itertools.count[int]] = defaultdict(itertools.count)
-        self._looks_up_at = 0.0
         self._closed_for: ShutdownError | None = None
-        # Used by the thread that receives alone, and for calls to oneself; the lock orders these.
+        # Orders the threads that receive.
         self._served_lock = threading.Lock()
         self._served = Served()
         self.refusals = Refusals(me.name)
@@ -143,7 +142,6 @@ class Exchange:
                 raise type(self._closed_for)(*self._closed_for.args)
             self._calls.start(call_id, peer.name, type_inside(message).name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted, message.type)
-            is_earlier = self._calls.next_deadline() < self._looks_up_at
         self.activity.count_client(counted)
         try:
             self._send(to, frames)
@@ -154,8 +152,6 @@ class Exchange:
             # A call that has failed meanwhile tells of it by its callback, and must not do so twice.
             elif self._withdraw(call_id) or not isinstance(error, RpcError):
                 raise
-        if is_earlier:
-            self._transport.wake()
 
     def notify(self, peer: PeerRecord, message: Message) -> None:
         """Sends ``message``, to which there is no answer."""
@@ -216,13 +212,6 @@ class Exchange:
     def tick(self) -> list[Task]:
         """What time has brought: tasks that complete calls whose time is over. Sends again what is to be sent again."""
         return self._step(partial(self._calls.tick, time.monotonic()))
-
-    def time_to_look_up(self, at_most: float) -> float:
-        """Seconds that receiving may wait before `tick` has something to do, and at most ``at_most``."""
-        now = time.monotonic()
-        with self._lock:
-            self._looks_up_at = min(now + at_most, self._calls.next_deadline())
-            return max(0.0, self._looks_up_at - now)
 
     def _step(self, step: Callable[[], list[Instruction]]) -> list[Task]:
         """Has the machine take a step, sends again what it says, and returns the completions as tasks."""

@@ -1,9 +1,10 @@
-"""The threads of a worker: they take turns at receiving, and run what they received.
+"""The threads of a worker: idle ones receive, and run what they received.
 
-At every moment one thread that runs no user code receives (or is about to). The thread that receives a task runs it itself,
-which saves a hand-over, as soon as another idle thread can take over the receiving; if there is none, the task waits in the
-backlog for a thread to come free. User code may block for long, so a backlog that nobody takes from for `PATIENCE` seconds gets
-a thread of its own, however many there are: otherwise calls nested deeper than the pool is large would deadlock.
+All idle threads wait in ``receive``; the system wakes one of them for what arrives. It runs that itself, which saves a hand-over,
+as long as another idle thread stays behind to receive: at every moment one thread that runs no user code receives (or is about
+to). Otherwise, and if more arrived than one task, the rest waits in the backlog for a thread to come free. User code may block for
+long, so a backlog that nobody takes from for `PATIENCE` seconds gets a thread, be it a new one: otherwise calls nested deeper than
+the pool is large would deadlock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zmqagent.exceptions import ShutdownError
 
@@ -31,35 +32,45 @@ REPORT_EVERY = 10.0
 """Seconds between two words in the log on what a worker waits for before it ends."""
 
 Task = Callable[[], None]
+"""Something to do, once."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Executor:
-    """Runs ``receive`` on one thread at a time and the tasks it returns on up to ``size`` threads.
+    """Runs ``receive`` on all idle threads and the tasks it returns on up to ``size`` threads.
 
     Args:
-        receive: called as ``receive(timeout)``, on one thread at a time; waits up to ``timeout`` seconds (None: as long as it
-            likes, it decides itself when to look up) and returns a task to run, or None. It must return soon after ``wake``.
-        wake: makes ``receive`` return; called from any thread.
+        receive: called on any number of threads at once; waits until something arrives, and returns the tasks that it brought, if
+            any. One call must return soon after each ``wake``.
+        wake: makes one ``receive`` that waits, or else the next one, return; called from any thread.
         size: how many tasks run at once before patience is asked for.
         name: prefix of the threads' names.
+        on_backlog: called when tasks begin to wait; `look` is to be called every now and then for as long as it tells so.
     """
 
-    def __init__(self, receive: Callable[[float | None], Task | None], wake: Callable[[], None], size: int, name: str) -> None:
+    def __init__(
+        self,
+        receive: Callable[[], Sequence[Task]],
+        wake: Callable[[], None],
+        size: int,
+        name: str,
+        on_backlog: Callable[[], None] = lambda: None,
+    ) -> None:
         self._receive = receive
         self._wake = wake
         self._size = size
         self._name = name
+        self._on_backlog = on_backlog
         # Protects all fields below. Held for a few instructions only, never while receiving or running a task.
         self._lock = threading.Lock()
-        # Held by the thread that receives. Idle threads wait for it; stop takes it once, to be sure that nobody receives.
-        self._turn = threading.Lock()
+        # Notified when the last thread has ceased to receive, after `stop`.
+        self._nobody_receives = threading.Condition(self._lock)
         self._backlog: deque[Task] = deque()
         self._waiting_since = 0.0  # when the backlog last got shorter, or began
         self._threads: set[threading.Thread] = set()
         self._started = 0
-        self._idle = 0  # threads that receive or wait for their turn to
+        self._idle = 0  # threads that receive, or are about to
         self._running: dict[threading.Thread, float] = {}  # threads that run a task, and since when
         self._closed = False  # no task begins any more
         self._drained = False  # no task is taken in any more
@@ -78,10 +89,23 @@ class Executor:
         with self._lock:
             if self._drained:
                 raise ShutdownError(f"worker {self._name} has shut down and runs nothing more")
-            if not self._backlog:
-                self._waiting_since = time.monotonic()
-            self._backlog.append(task)
+            self._add_to_backlog((task,))
         self._wake()
+        self._on_backlog()
+
+    def look(self) -> bool:
+        """Sees to tasks that have waited for longer than `PATIENCE`; says whether there are any that wait."""
+        with self._lock:
+            if not self._backlog or self._closed:
+                return False
+            is_due = time.monotonic() >= self._waiting_since + PATIENCE
+            has_help = self._idle > 1
+        if is_due:
+            if has_help:
+                self._wake()
+            else:
+                self._add_thread()
+        return True
 
     @property
     def size(self) -> int:
@@ -113,8 +137,9 @@ class Executor:
         with self._lock:
             self._closed = True
         self._wake()
-        # Whoever receives now may still bring a task; after that nobody receives again.
-        with self._turn, self._lock:
+        # Whoever receives now may still bring a task; each that ceases to wakes the next. After that nobody receives again.
+        with self._lock:
+            self._nobody_receives.wait_for(lambda: not self._idle)
             self._drained = True
             left = list(self._backlog)
             self._backlog.clear()
@@ -196,43 +221,56 @@ class Executor:
             if surplus:
                 return None
             self._idle += 1
-        with self._turn:
-            return self._receive_task()
+        return self._receive_task()
 
     def _take(self) -> Task:
         """The oldest task, with the lock held. Somebody came free, so whoever waits behind it is given new patience."""
         self._waiting_since = self._running[threading.current_thread()] = time.monotonic()
         return self._backlog.popleft()
 
-    def _receive_task(self) -> Task | None:
-        """Receives, with the turn held, until there is a task that this thread may run; None once closed."""
-        with self._lock:
-            timeout = self._patience_left()
-        while True:
-            task = None if self._closed else self._receive_once(timeout)
-            with self._lock:
-                if task is not None:
-                    if not self._backlog:
-                        self._waiting_since = time.monotonic()
-                    self._backlog.append(task)
-                if self._closed or (self._backlog and self._idle > 1):
-                    self._idle -= 1
-                    return None if self._closed else self._take()
-                timeout = self._patience_left()
-                grow = timeout is not None and (timeout <= 0 or len(self._threads) <= self._size)
-            if grow:
-                self._add_thread()
-                timeout = PATIENCE
+    def _add_to_backlog(self, tasks: Sequence[Task]) -> None:
+        """With the lock held."""
+        if not self._backlog:
+            self._waiting_since = time.monotonic()
+        self._backlog += tasks
 
-    def _receive_once(self, timeout: float | None) -> Task | None:
+    def _receive_task(self) -> Task | None:
+        """Receives until there is a task that this thread may run; None once closed."""
+        while True:
+            tasks = () if self._closed else self._receive_once()
+            with self._lock:
+                if tasks:
+                    self._add_to_backlog(tasks)
+                if self._closed:
+                    self._cease()
+                    return None
+                task = None
+                if self._backlog and self._idle > 1:
+                    self._idle -= 1
+                    task = self._take()
+                waits = len(self._backlog)
+                # This thread has to go on receiving, and a thread that is not there yet can be had without patience.
+                grows = waits and task is None and len(self._threads) <= self._size
+            if grows:
+                self._add_thread()
+            elif waits:
+                self._on_backlog()
+            if task is not None:
+                return task
+
+    def _cease(self) -> None:
+        """This thread receives no more, with the lock held."""
+        self._idle -= 1
+        if self._idle:
+            self._wake()
+        else:
+            self._nobody_receives.notify_all()
+
+    def _receive_once(self) -> Sequence[Task]:
         try:
-            return self._receive(timeout)
+            return self._receive()
         except Exception:
             # A defect too; without a thread that receives the worker would hang.
             _logger.exception("worker %s could not receive", self._name)
             time.sleep(_PAUSE_AFTER_FAILURE)
-            return None
-
-    def _patience_left(self) -> float | None:
-        """Seconds until the backlog deserves one more thread, with the lock held; None if nothing waits."""
-        return self._waiting_since + PATIENCE - time.monotonic() if self._backlog else None
+            return ()

@@ -82,8 +82,8 @@ Event = Received | PeerEvent
 class Transport(ABC):
     """Moves frames between the workers of a group.
 
-    `send`, `connect`, `disconnect` and `wake` may be called from any thread at any time; `receive` by one thread at a time
-    (the caller holds a lock across each call; which thread holds it may change between calls).
+    `send`, `connect`, `disconnect`, `receive` and `wake` may be called from any thread at any time. What arrives goes to one of the
+    threads that receive.
     """
 
     @property
@@ -122,14 +122,15 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def receive(self, timeout: float | None) -> Event | None:
-        """The next event; None after ``timeout`` seconds (None: no limit), after `wake`, and once closed."""
+    def receive(self, timeout: float | None) -> Sequence[Event]:
+        """The next events, in the order in which they came; none after ``timeout`` seconds (None: no limit), after `wake`, and
+        once closed. Somebody must be in here, or come back, several times a second for deaths to be told in time."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Makes a `receive` that waits now, or else the next one, return None at once."""
+        """Makes a `receive` that waits now, or else the next one, return at once."""
 
     @abstractmethod
     def close(self, linger: float = 1.0) -> None:
-        """Sends what was accepted, for at most ``linger`` seconds, then frees sockets, files and threads. Idempotent. `receive`
-        must not be running: the caller wakes it and stops calling it first."""
+        """Sends what was accepted, for at most ``linger`` seconds, then frees sockets, files and threads. Idempotent. Every
+        `receive` returns."""

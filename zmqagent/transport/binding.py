@@ -7,24 +7,24 @@ from urllib.parse import urlparse
 
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.hosts import local_address_towards
-from zmqagent.transport.zmq import ZmqTransport
+from zmqagent.transport.sockets import SocketTransport
 
 __all__ = ["bind"]
 
 
-def bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> ZmqTransport:
-    """A transport on which this worker can be reached: a Unix socket alone if all workers are known to share a host, TCP too
-    otherwise; or what ``options`` say.
+def bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> SocketTransport:
+    """A transport on which this worker can be reached: a Unix stream socket alone if all workers are known to share a host, TCP
+    too otherwise; or what ``options`` say.
 
     Raises:
         RendezvousError, InvalidOptionError: no interface leads to the meeting point, or the address is not this machine's.
     """
-    ipc = options.transport != "tcp"
+    local = options.transport in ("auto", "local")
     tcp = options.transport == "tcp" or (options.transport == "auto" and not share_host)
-    if not tcp:
-        return ZmqTransport(ipc=True, tcp_host=None, incarnation=incarnation)
-    address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
-    return ZmqTransport(ipc=ipc, tcp_host=address, incarnation=incarnation)
+    address = None
+    if tcp:
+        address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
+    return SocketTransport(local=local, ipc=options.transport == "ipc", tcp_host=address, incarnation=incarnation)
 
 
 def _store_host(init_method: str) -> str:

@@ -49,9 +49,9 @@ class _Connection:
 
 
 class ConnectionWatch:
-    """The peers on other hosts. Used by the receiving thread only."""
+    """The peers on other hosts. Used by one thread at a time. Without a ``context`` no other host can be reached."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], selector: selectors.BaseSelector) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, selector: selectors.BaseSelector) -> None:
         self._context = context
         self._selector = selector
         self._control: zmq.Socket[bytes] | None = None
@@ -67,11 +67,15 @@ class ConnectionWatch:
             reason = f"it runs on another host and listens on no TCP address, only on {', '.join(peer.addresses) or 'nothing'}"
             self._found.append(PeerDown(peer.worker_id, peer.incarnation, reason))
             return
+        if self._context is None:
+            reason = "it runs on another host, and this worker was told to reach none (by its option transport)"
+            self._found.append(PeerDown(peer.worker_id, peer.incarnation, reason))
+            return
         if address in self._by_address:
             self._give_up(self._by_address[address], f"its address {address} belongs to worker {peer.name!r} now")
         self._addresses[peer.worker_id] = address
         self._by_address[address] = _Connection(peer, now + FIRST_CONNECTION_GRACE, FIRST_CONNECTION_GRACE)
-        control = self._control or self._open()
+        control = self._control or self._open(self._context)
         # Only connections made from now on are concerned; an IPv6 socket would not do where the kernel has no IPv6.
         control.setsockopt(zmq.IPV6, int("[" in address))
         control.connect(address)
@@ -116,8 +120,8 @@ class ConnectionWatch:
         self.remove(peer.worker_id)
         self._found.append(PeerDown(peer.worker_id, peer.incarnation, reason))
 
-    def _open(self) -> zmq.Socket[bytes]:
-        control = self._context.socket(zmq.PUSH)
+    def _open(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+        control = context.socket(zmq.PUSH)
         control.setsockopt(zmq.LINGER, 0)
         control.setsockopt(zmq.HEARTBEAT_IVL, int(HEARTBEAT_INTERVAL * 1000))
         control.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(HEARTBEAT_TIMEOUT * 1000))

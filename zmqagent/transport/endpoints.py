@@ -19,7 +19,7 @@ from zmqagent.exceptions import InvalidOptionError
 from zmqagent.transport.base import PeerRecord
 from zmqagent.transport.hosts import host_identity, process_start
 
-__all__ = ["MAX_IPC_PATH", "SocketDirectory", "is_wildcard", "reachable_address", "sweep", "tcp_endpoint"]
+__all__ = ["MAX_IPC_PATH", "SocketDirectory", "is_wildcard", "reachable_address", "stream_path", "sweep", "tcp_endpoint"]
 
 MAX_IPC_PATH = 107
 """The longest path of a Unix socket in bytes: ``sun_path`` of unix(7) without its closing zero."""
@@ -41,9 +41,19 @@ class SocketDirectory:
         self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
 
     @property
+    def socket_path(self) -> str:
+        """Where the socket lies."""
+        return str(self.path / _SOCKET)
+
+    @property
     def endpoint(self) -> str:
-        """The ZeroMQ endpoint of the socket inside."""
-        return f"ipc://{self.path / _SOCKET}"
+        """Its ZeroMQ endpoint."""
+        return f"ipc://{self.socket_path}"
+
+    @property
+    def stream_address(self) -> str:
+        """Its address if it is no ZeroMQ socket, but a plain stream socket."""
+        return f"unix://{self.socket_path}"
 
     def remove(self) -> None:
         """Removes the directory with what is in it. Idempotent."""
@@ -71,6 +81,12 @@ def reachable_address(peer: PeerRecord, host: str) -> str | None:
         if scheme == "tcp" or (scheme == "ipc" and peer.host == host and os.access(where, os.W_OK)):
             return address
     return None
+
+
+def stream_path(address: str) -> str | None:
+    """The path of the Unix stream socket at ``address``, if that is one that can be opened from here; else None."""
+    scheme, _, path = address.partition("://")
+    return path if scheme == "unix" and os.access(path, os.W_OK) else None
 
 
 def tcp_endpoint(host: str, port: int) -> str:

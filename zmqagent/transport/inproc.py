@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zmqagent.exceptions import InvalidTypeError, ShutdownError, UnknownWorkerError, WorkerLostError
@@ -197,8 +197,8 @@ class InprocTransport(Transport):
             raise WorkerLostError(f"{peer.name} is gone: {self._down[to]}")
         self._network._carry(self, peer, _snapshot(frames))
 
-    def receive(self, timeout: float | None) -> Event | None:
-        """See `Transport.receive`. Waiting moves the network's clock; a wait that nothing can end returns None at once."""
+    def receive(self, timeout: float | None) -> Sequence[Event]:
+        """See `Transport.receive`. Waiting moves the network's clock; a wait that nothing can end returns at once."""
         end = None if timeout is None else self._network.now + timeout
         while not self._inbox and not self._woken and not self._closed:
             due = self._network.next_due()
@@ -207,12 +207,12 @@ class InprocTransport(Transport):
             self._network.step()
         if self._woken or self._closed:
             self._woken = False
-            return None
+            return ()
         if self._inbox:
-            return self._inbox.popleft()
+            return (self._inbox.popleft(),)
         if end is not None:
             self._network.now = max(self._network.now, end)
-        return None
+        return ()
 
     def wake(self) -> None:
         self._woken = True

@@ -3,7 +3,7 @@
 Peers on this host are watched as processes (`ProcessWatch`), others by a connection kept for nothing else (`ConnectionWatch`).
 Data sockets say nothing about life: a peer that is slow to read looks like a dead one.
 
-Everything in here belongs to the thread that receives; there are no locks.
+There are no locks in here: one thread at a time uses it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Liveness:
     """The watches of one transport.
 
     Args:
-        context: for the control socket towards other hosts.
-        selector: what the receiving thread waits on; an entry's ``data`` is called with the time once its descriptor is readable.
+        context: for the control socket towards other hosts; None if this worker reaches none.
+        selector: an entry's ``data`` is to be called with the time once its descriptor is readable.
         host: this process's `host_identity`.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], selector: selectors.BaseSelector, host: str) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, selector: selectors.BaseSelector, host: str) -> None:
         self._host = host
         self._processes = ProcessWatch(selector)
         self._connections = ConnectionWatch(context, selector)

@@ -21,7 +21,7 @@ POLL_INTERVAL = 0.2
 
 
 class ProcessWatch:
-    """The peers on this host. Used by the receiving thread only."""
+    """The peers on this host. Used by one thread at a time."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector

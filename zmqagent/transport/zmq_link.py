@@ -1,17 +1,19 @@
-"""The sending side towards one peer."""
+"""What a worker sends to one peer by ZeroMQ."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 
 from zmqagent.exceptions import InvalidTypeError, RpcError, SendFailedError, WorkerLostError
-from zmqagent.transport.base import PeerRecord
+from zmqagent.transport.base import Frames, PeerRecord
+from zmqagent.transport.carrier import Link
 from zmqagent.transport.endpoints import reachable_address
 
-__all__ = ["ZERO_COPY_BYTES", "Link", "TornError", "ZmqContext", "ZmqSocket", "as_part"]
+__all__ = ["ZERO_COPY_BYTES", "ZmqContext", "ZmqLink", "ZmqSocket"]
 
 ZERO_COPY_BYTES = 1 << 16
 """Frames of at least so many bytes are sent from where they lie. Measured: below 32 KiB copying is cheaper than telling
@@ -21,28 +23,28 @@ ZmqSocket = zmq.Socket[bytes]
 ZmqContext = zmq.Context[zmq.Socket[bytes]]
 
 
-class Link:
-    """The way to one incarnation of one peer: a PUSH socket, from the first message on."""
+class ZmqLink(Link):
+    """See `Link`: a PUSH socket, from the first message on.
 
-    def __init__(self, peer: PeerRecord, context: ZmqContext, host: str) -> None:
+    Args:
+        peer: whom to.
+        context: of the socket.
+        host: the `host_identity` of this process.
+        part: is given sockets that are out of use, but may still have something to send.
+    """
+
+    def __init__(self, peer: PeerRecord, context: ZmqContext, host: str, part: Callable[[ZmqSocket], None]) -> None:
         self.peer = peer
         self._context = context
         self._host = host
+        self._part = part
         self._socket: ZmqSocket | None = None
         self._ended: tuple[type[RpcError], str] | None = None
         # Orders the threads that send to this peer, and them against `end`; held for as long as it takes to queue one message.
         self._lock = threading.Lock()
 
-    def send(self, parts: list[Any]) -> None:
-        """Queues one message, given as `as_part` leaves its frames.
-
-        Raises:
-            RpcError: of the class that `end` was given.
-            InvalidTypeError: there are no frames.
-            WorkerLostError: none of the peer's addresses can be reached.
-            SendFailedError: no connection can be made just now.
-            TornError: something, such as ^C, broke in between two frames.
-        """
+    def send(self, frames: Frames) -> None:
+        parts = [_as_part(frame) for frame in frames]
         if not parts:
             raise InvalidTypeError("a message has at least one frame, but this has none")
         with self._lock:
@@ -54,20 +56,23 @@ class Link:
                 for part in parts[:-1]:
                     socket.send(part, zmq.NOBLOCK | zmq.SNDMORE)
                 socket.send(parts[-1], zmq.NOBLOCK)
-            except BaseException as cause:
-                # The next message would continue this one. As the socket closes, libzmq drops the torn end and sends the rest.
+            except BaseException:
+                # ^C, for example: the next message would continue this one. As the socket closes, libzmq drops the torn end and
+                # sends the rest.
                 self._socket = None
-                raise TornError(socket, cause) from None
+                self._part(socket)
+                raise
 
-    def end(self, error: type[RpcError], what: str, *, keep: bool = False) -> ZmqSocket | None:
-        """Makes later sends raise ``error``. What has not gone out is dropped or, with ``keep``, left in the socket returned."""
+    def end(self, error: type[RpcError], what: str, *, keep: bool = False) -> None:
         with self._lock:
             self._ended = (error, what)
             socket, self._socket = self._socket, None
-        if socket is not None and not keep:
+        if socket is None:
+            return
+        if keep:
+            self._part(socket)
+        else:
             socket.close(linger=0)
-            return None
-        return socket
 
     def _open(self) -> ZmqSocket:
         address = reachable_address(self.peer, self._host)
@@ -97,16 +102,7 @@ class Link:
         return socket
 
 
-class TornError(Exception):
-    """A message broke off in the middle. ``socket`` is out of use, and ``cause`` is what to raise."""
-
-    def __init__(self, socket: ZmqSocket, cause: BaseException) -> None:
-        super().__init__(str(cause))
-        self.socket = socket
-        self.cause = cause
-
-
-def as_part(frame: Any) -> Any:
+def _as_part(frame: Any) -> Any:
     """One frame in the form that libzmq takes. Whatever can fail fails here, before a part of the message is queued.
 
     Raises:
