@@ -6,10 +6,16 @@ A new kind of transport adds its factory to `KINDS` and so takes the whole suite
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import pytest
+
+from zmqagent.transport import poller
 from zmqagent.transport.base import Event, PeerRecord, PeerUp, Received, Transport
 from zmqagent.transport.hosts import describe_self
 from zmqagent.transport.sockets import SocketTransport
@@ -27,6 +33,8 @@ class Worker:
 
     transport: Transport
     record: PeerRecord
+    events: deque[Event] = field(default_factory=deque)
+    """What came in together with something earlier, and has not been looked at yet."""
 
     @property
     def id(self) -> WorkerId:
@@ -35,10 +43,10 @@ class Worker:
     def event(self, patience: float = PATIENCE) -> Event:
         """The next event, whatever it is."""
         deadline = time.monotonic() + patience
-        while (left := deadline - time.monotonic()) > 0:
-            event = self.transport.receive(left)
-            if event is not None:
-                return event
+        while not self.events and (left := deadline - time.monotonic()) > 0:
+            self.events += self.transport.receive(left)
+        if self.events:
+            return self.events.popleft()
         raise AssertionError(f"{self.record.name} received nothing within {patience} s")
 
     def news(self) -> Event:
@@ -55,15 +63,30 @@ class Worker:
         return [bytes(frame) for frame in event.frames]
 
 
+def _local(incarnation: int) -> Transport:
+    return SocketTransport(local=True, incarnation=incarnation)
+
+
+def _local_by_turns(incarnation: int) -> Transport:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(poller, "READINESS", poller.Turns)
+        return SocketTransport(local=True, incarnation=incarnation)
+
+
 def _ipc(incarnation: int) -> Transport:
-    return SocketTransport(ipc=True, tcp_host=None, incarnation=incarnation)
+    return SocketTransport(ipc=True, incarnation=incarnation)
 
 
 def _tcp(incarnation: int) -> Transport:
-    return SocketTransport(ipc=False, tcp_host="127.0.0.1", incarnation=incarnation)
+    return SocketTransport(tcp_host="127.0.0.1", incarnation=incarnation)
 
 
-KINDS: dict[str, Callable[[int], Transport]] = {"ipc": _ipc, "tcp": _tcp}
+KINDS: dict[str, Callable[[int], Transport]] = {
+    "local": _local,
+    "local without epoll": _local_by_turns,
+    "ipc": _ipc,
+    "tcp": _tcp,
+}
 
 
 def start(kind: str, worker_id: int) -> Worker:
@@ -72,6 +95,25 @@ def start(kind: str, worker_id: int) -> Worker:
     transport = KINDS[kind](incarnation)
     record = describe_self(f"worker{worker_id}", WorkerId(worker_id), incarnation, transport.addresses)
     return Worker(transport, record)
+
+
+@contextmanager
+def receiving(worker: Worker) -> Iterator[None]:
+    """Meanwhile somebody receives for ``worker``, as always in an agent, so that what it sends goes out; its events are kept."""
+    done = threading.Event()
+
+    def receive() -> None:
+        while not done.is_set():
+            worker.events += worker.transport.receive(None)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        worker.transport.wake()
+        thread.join(PATIENCE)
 
 
 def introduce(*workers: Worker) -> None:

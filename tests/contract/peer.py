@@ -53,6 +53,6 @@ def _live(pipe: Connection, peer: PeerRecord, kind: str, messages: int) -> None:
     me.transport.connect(peer)
     pipe.send(me.record)
     while True:
-        event = me.transport.receive(None)
-        if isinstance(event, Received):
-            me.transport.send(peer.worker_id, event.frames)
+        for event in me.transport.receive(None):
+            if isinstance(event, Received):
+                me.transport.send(peer.worker_id, event.frames)

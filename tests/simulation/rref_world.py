@@ -419,7 +419,7 @@ class World(Observer):
         happened = self.network.step()
         for worker in self.workers.values():
             while worker.transport._inbox and worker.alive:
-                event = worker.transport.receive(0)
+                (event,) = worker.transport.receive(0)
                 if isinstance(event, Received):
                     self._receive(worker, event.frames[0])
                 elif isinstance(event, PeerDown):

@@ -110,7 +110,7 @@ class Transport(ABC):
     @abstractmethod
     def send(self, to: WorkerId, frames: Frames) -> None:
         """Sends one message of at least one frame, whole or not at all. The frames' memory must never change afterwards: the
-        transport may hold on to it.
+        transport may hold on to it. What cannot go out at once does as long as somebody receives.
 
         Raises:
             UnknownWorkerError: ``to`` is not connected.

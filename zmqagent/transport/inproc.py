@@ -9,7 +9,7 @@ nothing can end returns at once.
     >>> b.connect(a.record); a.connect(b.record)
     >>> a.send(WorkerId(1), [b"hello"])
     >>> b.receive(timeout=1.0)
-    PeerUp(worker_id=0, incarnation=0)
+    (PeerUp(worker_id=0, incarnation=0),)
 """
 
 from __future__ import annotations

@@ -31,6 +31,10 @@ _GONE = (FileNotFoundError, ConnectionRefusedError, BrokenPipeError, ConnectionR
 _JOIN_BYTES = 1 << 14
 """Up to so many bytes, frames are joined before they are written: cheaper than to hand them over one by one."""
 
+_SEND_BUFFER = 1 << 20
+"""Bytes that the kernel is asked to hold for a peer that is slow to read; it grants 416 KiB by default, or some 550 messages of
+any small size."""
+
 _MAX_PARTS = 512
 """Parts handed to the kernel at a time; it takes up to 1,024 (IOV_MAX)."""
 
@@ -126,6 +130,7 @@ class LocalLink(Link):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             connection.connect(self._path)
         except OSError as error:
             connection.close()

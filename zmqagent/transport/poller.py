@@ -16,7 +16,7 @@ from typing import Protocol
 from zmqagent.transport.base import Event
 from zmqagent.transport.waker import Waker
 
-__all__ = ["Handler", "Poller", "Source"]
+__all__ = ["READINESS", "Epoll", "Handler", "Poller", "Readiness", "Source", "Turns"]
 
 Handler = Callable[[], Sequence[Event]]
 """Takes in what a descriptor has to offer. Need not take all: it is called again as long as the descriptor is ready."""
@@ -44,8 +44,8 @@ class Poller:
     ``_lock`` protects the table of sources; each source's own lock orders its handlers. Neither is held while waiting.
     """
 
-    def __init__(self, *, by_turns: bool = not hasattr(select, "epoll")) -> None:
-        self._readiness: _Readiness = _Turns() if by_turns else _Epoll()
+    def __init__(self) -> None:
+        self._readiness: Readiness = READINESS()
         self._lock = threading.Lock()
         self._sources: dict[int, Source] = {}
         # The threads inside `wait`, each of which enters and leaves in a single step of the interpreter.
@@ -137,7 +137,7 @@ class Poller:
         self._waker.close()
 
 
-class _Readiness(Protocol):
+class Readiness(Protocol):
     """Which descriptors are ready. Any thread may call any of these at any time."""
 
     def arm(self, fd: int, writing: bool, *, is_new: bool) -> None:
@@ -156,7 +156,7 @@ class _Readiness(Protocol):
         """Nobody waits any more."""
 
 
-class _Epoll:
+class Epoll:
     """Readiness by epoll(7), which may be waited for, and changed, by any number of threads."""
 
     def __init__(self) -> None:
@@ -183,7 +183,7 @@ class _Epoll:
         self._epoll.close()
 
 
-class _Turns:
+class Turns:
     """Readiness by whatever the system has: one thread waits, the others wait for their turn."""
 
     def __init__(self) -> None:
@@ -217,3 +217,7 @@ class _Turns:
 
     def close(self) -> None:
         self._selector.close()
+
+
+READINESS: type[Epoll | Turns] = Epoll if hasattr(select, "epoll") else Turns
+"""What this system has."""

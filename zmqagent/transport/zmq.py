@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 import zmq
+import zmq.utils.garbage  # For its exit handler to be registered before, and hence run after, the one of `sockets`.
 
 from zmqagent.exceptions import InvalidOptionError
 from zmqagent.transport.base import Event, PeerRecord, Received

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.contract.harness import PATIENCE, Worker, introduce, start
+from tests.contract.harness import KINDS, PATIENCE, Worker, introduce, receiving, start
 from tests.contract.peer import CHECKOUT, remote_peer
 from zmqagent.exceptions import InvalidOptionError, SendFailedError, WorkerLostError
 from zmqagent.transport import connection_watch
@@ -31,7 +31,7 @@ from zmqagent.wire.types import WorkerId
 Make = Callable[[int], Worker]
 
 
-@pytest.fixture(params=["ipc", "tcp"])
+@pytest.fixture(params=sorted(KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -77,7 +77,7 @@ class TestDeathOnThisHost:
             assert down == PeerDown(peer.worker_id, peer.incarnation, f"its process {peer.pid} on this host has ended")
             with pytest.raises(WorkerLostError, match=r"worker 'worker1' \(1\) is lost: its process"):
                 a.transport.send(peer.worker_id, [b"x"])
-            assert a.transport.receive(0) is None
+            assert not a.transport.receive(0)
 
     def test_what_a_killed_peer_had_sent_arrives_before_the_news_of_its_death(self, worker: Make, kind: str) -> None:
         a = worker(0)
@@ -127,7 +127,7 @@ class TestDeathOnThisHost:
             new.transport.connect(a.record)
             new.transport.send(a.id, [b"x"])
             assert a.message() == [b"x"]
-            assert a.transport.receive(0.05) is None
+            assert not a.transport.receive(0.05)
 
     def test_the_death_of_a_disconnected_peer_is_not_reported(self, worker: Make, kind: str) -> None:
         a = worker(0)
@@ -139,7 +139,7 @@ class TestDeathOnThisHost:
             a.transport.disconnect(peer.worker_id, peer.incarnation)
             a.transport.connect(a.record)
             assert a.event() == PeerUp(a.id, a.record.incarnation)
-            assert a.transport.receive(0.05) is None
+            assert not a.transport.receive(0.05)
 
 
 class TestDeathElsewhere:
@@ -214,7 +214,7 @@ class TestDeathElsewhere:
         for _ in range(64):
             a.transport.send(b.id, [bytes(1 << 20)])
         # Several times what it takes to miss a heartbeat.
-        assert a.transport.receive(1.0) is None
+        assert not a.transport.receive(1.0)
 
     def test_an_address_that_passes_to_another_worker_ends_the_first(self, make_zmq: Callable[..., Worker]) -> None:
         a, b = make_zmq(0, ipc=False, tcp_host="127.0.0.1"), make_zmq(1, ipc=False, tcp_host="127.0.0.1")
@@ -252,7 +252,7 @@ class TestAddresses:
         a.transport.send(b.id, [b"six"])
         assert b.message() == [b"six"]
         a.transport.disconnect(b.id, b.record.incarnation)
-        assert a.transport.receive(0.01) is None
+        assert not a.transport.receive(0.01)
 
     def test_a_name_is_published_as_a_number(self, make_zmq: Callable[..., Worker]) -> None:
         (address,) = make_zmq(ipc=False, tcp_host="localhost").transport.addresses
@@ -298,20 +298,22 @@ class TestAddresses:
 
 
 class _Interrupting:
-    """A socket whose second send is broken off, as ^C would."""
+    """A socket whose next message is broken off in the middle, as ^C would."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
         self._sends = 0
 
-    def send(self, *args: Any) -> None:
+    def send(self, part: Any, *flags: int) -> int:
         self._sends += 1
-        if self._sends == 2:
+        if not flags:
+            self._real.send(part[: len(part) // 2])
+        if not flags or self._sends == 2:
             raise KeyboardInterrupt
-        self._real.send(*args)
+        return int(self._real.send(part, *flags) or 0)
 
-    def close(self, linger: int) -> None:
-        self._real.close(linger=linger)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
 
 def test_a_message_that_was_interrupted_is_gone_whole(worker: Make) -> None:
@@ -330,18 +332,18 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_a_parting_socket_is_closed_when_its_time_is_over(worker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_parting_zmq_socket_is_closed_when_its_time_is_over(worker: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zmqagent.transport.zmq._PARTING", 0.0)
     a, b = worker(0), worker(1)
     a.transport.connect(b.record)
-    before = len(a.transport._parting)  # type: ignore[attr-defined]
+    carrier = a.transport._carriers[0]  # type: ignore[attr-defined]
     a.transport.send(b.id, [b"x"])
     a.transport.disconnect(b.id, b.record.incarnation)
-    parting = [socket for _, socket in a.transport._parting]  # type: ignore[attr-defined]
-    assert len(parting) == before + 1
-    a.transport.disconnect(b.id, b.record.incarnation)
-    assert all(socket.closed for socket in parting)
-    assert a.transport._parting == []  # type: ignore[attr-defined]
+    ((_, parting),) = carrier._parting
+    a.transport.connect(b.record)
+    assert parting.closed
+    assert carrier._parting == []
 
 
 def test_it_says_where_it_listens_and_to_how_many_it_is_connected(worker: Make) -> None:
@@ -392,7 +394,7 @@ def run(script: str) -> str:
 def test_a_process_ends_though_it_never_closed_its_transport() -> None:
     script = """
 def receive():
-    while a.transport.receive(None) is not None:
+    while a.transport.receive(None):
         pass
 threading.Thread(target=receive, daemon=True).start()
 a.transport.send(1, [bytes(10 << 20)])
@@ -423,7 +425,7 @@ if child == 0:
         except ShutdownError as error:
             refused += "forked" in str(error)
     assert refused == 3
-    assert a.transport.receive(None) is None
+    assert not a.transport.receive(None)
     a.transport.wake()
     a.transport.close()
     del a, b
@@ -457,7 +459,22 @@ def test_without_the_means_for_a_connection_one_send_fails_and_a_later_one_succe
     assert b.message() == [b"y"]
 
 
-def test_a_frame_larger_than_any_message_is_refused_by_its_head() -> None:
-    transport = SocketTransport(ipc=True, tcp_host=None, incarnation=1)
-    assert transport._pull.getsockopt(zmq.MAXMSGSIZE) == DEFAULT_LIMITS.message_bytes
-    transport.close()
+@pytest.mark.parametrize("kind", ["ipc"])
+def test_a_frame_larger_than_any_message_is_refused_by_its_head(worker: Make) -> None:
+    carrier = worker(0).transport._carriers[0]  # type: ignore[attr-defined]
+    assert carrier._pull.getsockopt(zmq.MAXMSGSIZE) == DEFAULT_LIMITS.message_bytes
+
+
+@pytest.mark.parametrize("kind", ["local"])
+def test_who_sends_no_messages_over_a_stream_is_hung_up_on(worker: Make, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = worker(0), worker(1)
+    introduce(a, b)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.settimeout(PATIENCE)
+        stranger.connect(a.record.addresses[0].removeprefix("unix://"))
+        stranger.send(b"\xff" * 100)
+        with receiving(a):
+            assert stranger.recv(1) == b""
+    assert "hung up on a peer on this host: a message of 4294967295 frames" in caplog.text
+    b.transport.send(a.id, [b"well"])
+    assert a.message() == [b"well"]
