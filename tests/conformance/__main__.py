@@ -35,7 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="REGEX", type=re.compile, help="only tests whose Suite.test matches")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="tests at the same time (default 1)")
     parser.add_argument("--timeout", metavar="S", type=float, default=120.0, help="seconds for one test (default 120)")
-    parser.add_argument("--transport", choices=("tcp", "ipc"), help="of ZMQ (default: the agent's own choice)")
+    parser.add_argument("--transport", choices=("local", "ipc", "tcp"), help="of ZMQ (default: the agent's own choice)")
     parser.add_argument("--json", metavar="F", type=Path, help="write all outcomes there")
     parser.add_argument("--logs", metavar="DIR", type=Path, default=Path("conformance-logs"), help="of failures (%(default)s)")
     parser.add_argument("--list", action="store_true", help="print the tests instead of running them")

@@ -24,6 +24,9 @@ from zmqagent.wire.types import WorkerId
 PATIENCE = 30.0
 """Seconds after which a test gives up; nothing is meant to come near it."""
 
+TICK = 0.01
+"""Seconds between two looks at what time brings."""
+
 _incarnations = itertools.count(1)
 
 
@@ -44,7 +47,8 @@ class Worker:
         """The next event, whatever it is."""
         deadline = time.monotonic() + patience
         while not self.events and (left := deadline - time.monotonic()) > 0:
-            self.events += self.transport.receive(left)
+            self.events += self.transport.receive(min(left, TICK))
+            self.events += self.transport.check()
         if self.events:
             return self.events.popleft()
         raise AssertionError(f"{self.record.name} received nothing within {patience} s")

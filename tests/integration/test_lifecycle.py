@@ -62,7 +62,7 @@ def _meet_by_environment(rank: int, meeting_point: str, port: int, transport: st
     return value, address[:6]
 
 
-@pytest.mark.parametrize(("transport", "scheme"), [("auto", "ipc://"), ("ipc", "ipc://"), ("tcp", "tcp://")])
+@pytest.mark.parametrize(("transport", "scheme"), [("auto", "unix://"), ("local", "unix://"), ("ipc", "ipc://"), ("tcp", "tcp://")])
 def test_workers_meet_by_the_environment_and_talk_over_the_chosen_transport(transport: str, scheme: str) -> None:
     found = run_ranks(_meet_by_environment, 2, _free_port(), transport)
     assert found == [([1.0, 1.0], scheme), ([2.0, 2.0], scheme)]

@@ -45,11 +45,12 @@ class _Queues(Transport):
     def send(self, to: WorkerId, frames: Frames) -> None:
         self.sent.put([bytes(frame) for frame in frames])
 
-    def receive(self, timeout: float | None) -> Event | None:
+    def receive(self, timeout: float | None) -> Sequence[Event]:
         try:
-            return self.arriving.get(timeout=timeout)
+            event = self.arriving.get(timeout=timeout)
         except Empty:
-            return None
+            return ()
+        return () if event is None else (event,)
 
     def wake(self) -> None:
         self.arriving.put(None)

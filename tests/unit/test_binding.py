@@ -11,8 +11,9 @@ from zmqagent.transport.binding import bind
 @pytest.mark.parametrize(
     ("transport", "share_host", "schemes"),
     [
-        ("auto", True, ["ipc"]),
-        ("auto", False, ["ipc", "tcp"]),
+        ("auto", True, ["unix"]),
+        ("auto", False, ["unix", "tcp"]),
+        ("local", False, ["unix"]),
         ("ipc", False, ["ipc"]),
         ("tcp", True, ["tcp"]),
     ],

@@ -7,10 +7,11 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import pytest
 
+from zmqagent.agent.clock import Clock
 from zmqagent.agent.executor import Executor, Task
 from zmqagent.exceptions import ShutdownError
 
@@ -19,25 +20,18 @@ DEADLINE_S = 30.0
 
 
 class Wire:
-    """What an executor receives from: tasks, errors to raise, and wake-ups (None)."""
+    """What an executor receives from: tasks, some that come together, errors to raise, and wake-ups (None)."""
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[Task | Exception | None] = SimpleQueue()
-        self.receiving = 0
-        self.most_receiving = 0
+        self.queue: SimpleQueue[Task | list[Task] | Exception | None] = SimpleQueue()
 
-    def receive(self, timeout: float | None) -> Task | None:
-        self.receiving += 1
-        self.most_receiving = max(self.most_receiving, self.receiving)
-        try:
-            item = self.queue.get(timeout=timeout) if timeout is None or timeout > 0 else self.queue.get_nowait()
-        except Empty:
-            return None
-        finally:
-            self.receiving -= 1
+    def receive(self) -> list[Task]:
+        item = self.queue.get()
         if isinstance(item, Exception):
             raise item
-        return item
+        if item is None:
+            return []
+        return item if isinstance(item, list) else [item]
 
     def wake(self) -> None:
         self.queue.put(None)
@@ -55,15 +49,19 @@ def wire() -> Wire:
 def start(wire: Wire) -> Iterator[Start]:
     """Starts executors; at the end none of their threads may be left."""
     before = set(threading.enumerate())
-    started: list[Executor] = []
+    started: list[tuple[Executor, Clock]] = []
 
     def make(size: int) -> Executor:
-        started.append(Executor(wire.receive, wire.wake, size, "worker"))
-        started[-1].start()
-        return started[-1]
+        clock = Clock(lambda: executor.look(), "worker")
+        executor = Executor(wire.receive, wire.wake, size, "worker", clock.hurry)
+        started.append((executor, clock))
+        executor.start()
+        clock.start()
+        return executor
 
     yield make
-    for executor in started:
+    for executor, clock in started:
+        clock.stop()
         executor.close()
     assert set(threading.enumerate()) <= before
 
@@ -130,27 +128,33 @@ def test_calls_nested_deeper_than_the_pool_end_and_the_surplus_threads_go_again(
     wire.queue.put(lambda: nested(0))
     wait(done[0])
     assert most[0] > depth
-    # The configured thread, and one that receives meanwhile.
-    wait_for(lambda: threading.active_count() - before <= 2, executor)
+    # The configured thread, one that receives meanwhile, and the clock's.
+    wait_for(lambda: threading.active_count() - before <= 3, executor)
 
 
-def test_one_thread_receives_at_a_time(wire: Wire, start: Start) -> None:
+def test_tasks_that_come_together_run_beside_each_other_if_they_take_long(wire: Wire, start: Start) -> None:
     start(4)
-    left = 200
-    lock = threading.Lock()
-    done = threading.Event()
+    all_run = threading.Barrier(4)
+    done = [threading.Event() for _ in range(4)]
 
-    def task() -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            if not left:
-                done.set()
+    def task(event: threading.Event) -> None:
+        all_run.wait(DEADLINE_S)
+        event.set()
 
-    for _ in range(200):
-        wire.queue.put(task)
-    wait(done)
-    assert wire.most_receiving == 1
+    wire.queue.put([lambda event=event: task(event) for event in done])  # type: ignore[misc]
+    for event in done:
+        wait(event)
+
+
+def test_short_tasks_that_come_together_need_no_thread_more(wire: Wire, start: Start) -> None:
+    executor = start(4)
+    before = threading.active_count()
+    left = [threading.Event() for _ in range(200)]
+    wire.queue.put([event.set for event in left])
+    for event in left:
+        wait(event)
+    wait_for(lambda: executor.num_idle() == 4, executor)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), SystemExit(3), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
@@ -209,15 +213,15 @@ def test_stop_returns_what_had_not_begun_and_nothing_begins_after_it(wire: Wire,
     def late() -> None:
         ran.append("late")
 
-    def receive(timeout: float | None) -> Task | None:
+    def receive() -> list[Task]:
         receiving.set()
         wait(stopping)
-        return late
+        return [late]
 
     executor = Executor(receive, stopping.set, 1, "worker")
     executor.start()
     wait(receiving)
-    assert executor.stop() == [late]
+    assert set(executor.stop()) == {late}
     assert executor.stop() == []
     executor.join()
     assert ran == []
@@ -232,14 +236,14 @@ def test_what_the_receiving_thread_submits_while_the_executor_stops_is_not_lost(
     def completion() -> None:
         raise AssertionError("it is for whoever stopped the executor")
 
-    def receive(timeout: float | None) -> Task | None:
+    def receive() -> list[Task]:
         receiving.set()
         wait(stopping)
         try:
             executor.submit(completion)
         except ShutdownError as error:
             refused.append(error)
-        return None
+        return []
 
     executor = Executor(receive, stopping.set, 1, "worker")
     executor.start()

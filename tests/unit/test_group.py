@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -44,8 +44,8 @@ class Switchboard(Transport):
     def send(self, to: WorkerId, frames: Frames) -> None:
         raise AssertionError("a group sends nothing by itself")
 
-    def receive(self, timeout: float | None) -> Event | None:
-        return None
+    def receive(self, timeout: float | None) -> Sequence[Event]:
+        return ()
 
     def wake(self) -> None:
         """Nobody receives."""

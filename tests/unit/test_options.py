@@ -99,7 +99,7 @@ def test_attributes_can_be_set_like_torchs() -> None:
         ("device_maps", {"a": {"cuda": 0}}, ValueError, "Expected devices to have indices, got cuda: "),
         ("device_maps", {"a": {"cpu": torch.device("xpu")}}, ValueError, 'Write "xpu:0" for the first'),
         ("device_maps", {"a": {"meta": 0}}, ValueError, "a device map cannot name 'meta'"),
-        ("transport", "udp", ValueError, "transport must be one of 'auto', 'tcp', 'ipc', but got 'udp'"),
+        ("transport", "udp", ValueError, "transport must be one of 'auto', 'local', 'ipc', 'tcp', but got 'udp'"),
         ("bind_address", "", ValueError, "bind_address must not be empty"),
         ("bind_address", 5, TypeError, "bind_address must be a str, but got 5 (int)"),
         ("draw_rank", 1, TypeError, "draw_rank must be a bool, but got 1 (int)"),

@@ -39,7 +39,7 @@ from zmqagent.agent.news import News
 from zmqagent.agent.serving import is_request
 from zmqagent.exceptions import InvalidTypeError, ProtocolError, RpcError, RpcTimeoutError, ShutdownError, UnknownWorkerError
 from zmqagent.options import ZmqRpcBackendOptions
-from zmqagent.transport.base import PeerRecord, Received, Transport
+from zmqagent.transport.base import Event, PeerRecord, Received, Transport
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["OnWorkerJoined", "OnWorkerLost", "ZmqRpcAgent"]
@@ -414,9 +414,12 @@ class ZmqRpcAgent:
 
     # Receiving, on the idle threads of the executor, and on the clock's.
 
-    def _receive(self, timeout: float | None = None) -> list[Task]:
+    def _receive(self) -> list[Task]:
+        return self._take_in(self._transport.receive(None))
+
+    def _take_in(self, events: Sequence[Event]) -> list[Task]:
         tasks = []
-        for event in self._transport.receive(timeout):
+        for event in events:
             if isinstance(event, Received):
                 task = self._exchange.take_in(event.frames, self._group.accepts)
                 if task is not None:
@@ -427,8 +430,7 @@ class ZmqRpcAgent:
 
     def _tick(self) -> bool:
         """What time brings; says whether there is more to come soon."""
-        # Deaths are told by receiving, also while all threads run something.
-        self._exchange.submit(self._receive(0.0))
+        self._exchange.submit(self._take_in(self._transport.check()))
         self._exchange.submit(self._exchange.tick())
         now = time.monotonic()
         if now - self._house_kept_at >= _HOUSEKEEPING:

@@ -124,7 +124,11 @@ class Transport(ABC):
     @abstractmethod
     def receive(self, timeout: float | None) -> Sequence[Event]:
         """The next events, in the order in which they came; none after ``timeout`` seconds (None: no limit), after `wake`, and
-        once closed. Somebody must be in here, or come back, several times a second for deaths to be told in time."""
+        once closed."""
+
+    def check(self) -> Sequence[Event]:
+        """What time alone has brought, such as a death that can be told now. To be called some 50 times a second by one thread."""
+        return ()
 
     @abstractmethod
     def wake(self) -> None:

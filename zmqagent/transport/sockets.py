@@ -141,22 +141,23 @@ class SocketTransport(Transport):
     def receive(self, timeout: float | None) -> Sequence[Event]:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not (self._closed or os.getpid() != self._owner):
-            until, check = deadline, self._next_check
-            if check is not None and time.monotonic() >= check:
-                # What has arrived goes before the news that no more will come.
-                arrived = self._poller.wait(0.0)
-                events = [*(arrived or ()), *self._check_lives(drained=not arrived)]
-                if events or arrived is None:
-                    return events
-                check = self._next_check
-            if check is not None and (until is None or check < until):
-                until = check
-            found = self._poller.wait(None if until is None else max(0.0, until - time.monotonic()))
-            if found or found is None:
-                return found or ()
+            events = self._poller.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if events or events is None:
+                return events or ()
             if deadline is not None and time.monotonic() >= deadline:
                 break
         return ()
+
+    def check(self) -> Sequence[Event]:
+        if self._closed or self._next_check is None or time.monotonic() < self._next_check or os.getpid() != self._owner:
+            return ()
+        # What has arrived goes before the news that no more will come.
+        arrived = self._poller.wait(0.0)
+        if arrived is None:
+            self._poller.wake()
+        with self._lives.lock:
+            events = [] if self._closed else self._take_events(time.monotonic(), drained=not arrived)
+        return [*(arrived or ()), *events]
 
     def wake(self) -> None:
         if os.getpid() == self._owner:
@@ -209,12 +210,6 @@ class SocketTransport(Transport):
             events.append(event)
         self._next_check = self._liveness.next_check()
         return events
-
-    # -- and those who do not
-
-    def _check_lives(self, *, drained: bool) -> list[PeerEvent]:
-        with self._lives.lock:
-            return [] if self._closed else self._take_events(time.monotonic(), drained=drained)
 
     def _note(self, note: PeerRecord | WorkerId) -> None:
         self._notes.put(note)
