@@ -42,8 +42,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         device_maps: by callee's name, which of its devices a tensor on one of this worker's devices goes to. Answers and
             gradients come back the reverse way. A tensor on the CPU stays there without a map.
         devices: the accelerators of this worker that the maps of all workers may name; by default all it has.
-        transport: how workers reach each other: ``"local"`` (Unix sockets, on one host), ``"ipc"`` (the same by ZeroMQ), ``"tcp"``
-            (by ZeroMQ), or ``"auto"``: local to peers on the same host, tcp to others.
+        transport: how workers reach each other: ``"local"`` (by Unix sockets, on one host), ``"ipc"`` (on one host by ZeroMQ),
+            ``"tcp"`` (by ZeroMQ), or ``"auto"``: local to peers on the same host, tcp to others.
         bind_address: the address or name of an interface to listen on; by default the one that reaches the meeting point.
         draw_rank: in a dynamic group (``init_rpc`` without ``world_size``), ``init_rpc`` may be called without a rank too: the
             worker gets one that nobody in the group has had.

@@ -254,7 +254,7 @@ class TestEnd:
             try:
                 while not stop.is_set():
                     sender.transport.send(to.id, [b"x" * 100, bytes(70 * KIB)])
-            except ShutdownError:
+            except (ShutdownError, WorkerLostError):
                 return
 
         with ThreadPoolExecutor(4) as pool:

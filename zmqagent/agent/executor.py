@@ -1,10 +1,10 @@
 """The threads of a worker: idle ones receive, and run what they received.
 
-All idle threads wait in ``receive``; the system wakes one of them for what arrives. It runs that itself, which saves a hand-over,
-as long as another idle thread stays behind to receive: at every moment one thread that runs no user code receives (or is about
-to). Otherwise, and if more arrived than one task, the rest waits in the backlog for a thread to come free. User code may block for
-long, so a backlog that nobody takes from for `PATIENCE` seconds gets a thread, be it a new one: otherwise calls nested deeper than
-the pool is large would deadlock.
+All idle threads wait in ``receive``; the system wakes one of them for what arrives. It runs that itself, which saves a
+hand-over, as long as another idle thread stays behind to receive: at every moment one thread that runs no user code receives
+(or is about to). Otherwise, and if more arrived than one task, the rest waits in the backlog for a thread to come free. User
+code may block for long, so a backlog that nobody takes from for `PATIENCE` seconds gets a thread, be it a new one: otherwise
+calls nested deeper than the pool is large would deadlock.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ Event = Received | PeerEvent
 class Transport(ABC):
     """Moves frames between the workers of a group.
 
-    `send`, `connect`, `disconnect`, `receive` and `wake` may be called from any thread at any time. What arrives goes to one of the
-    threads that receive.
+    `send`, `connect`, `disconnect`, `receive` and `wake` may be called from any thread at any time. What arrives goes to one of
+    the threads that receive.
     """
 
     @property
@@ -127,7 +127,7 @@ class Transport(ABC):
         once closed."""
 
     def check(self) -> Sequence[Event]:
-        """What time alone has brought, such as a death that can be told now. To be called some 50 times a second by one thread."""
+        """What time alone has brought, such as a death that can be told now. To be called some 50 times a second."""
         return ()
 
     @abstractmethod

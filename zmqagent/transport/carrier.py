@@ -42,5 +42,5 @@ class Carrier(ABC):
 
     @abstractmethod
     def close(self, deadline: float) -> None:
-        """Sends what links had accepted, until ``deadline`` (of `time.monotonic`), then frees sockets, files and threads. All links
-        were ended before, and nobody receives."""
+        """Sends what links had accepted, until ``deadline`` (of `time.monotonic`), then frees sockets, files and threads. All
+        links were ended before, and nobody receives."""

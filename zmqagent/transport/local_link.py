@@ -73,18 +73,12 @@ class LocalLink(Link):
             if self._queue:
                 self._queue += parts
                 return
-            connection = self._socket or self._open()
-            self._queue += parts
-            try:
-                _write(connection, self._queue)
-            except BaseException as cause:
-                # The next message would continue this one, so it goes by a new connection; what the peer has of this one is void.
-                self._drop()
-                if isinstance(cause, OSError):
-                    raise self._unreachable(cause) from cause
-                raise
-            if self._queue:
-                self._source = Source(connection.fileno(), self._flush, writing=True)
+            is_begun = self._socket is not None and self._begin(self._socket, parts)
+            # Never opened, or closed by the peer, which may have had its reasons and live on.
+            if not is_begun and not self._begin(self._open(), parts):
+                raise self._unreachable(ConnectionResetError())
+            if self._queue and self._socket is not None:
+                self._source = Source(self._socket.fileno(), self._flush, writing=True)
                 self._poller.add(self._source)
 
     def end(self, error: type[RpcError], what: str, *, keep: bool = False) -> None:
@@ -124,6 +118,21 @@ class LocalLink(Link):
             _logger.debug("the connection to worker %s broke: %s", self.peer.name, error)
             self._drop()
 
+    def _begin(self, connection: socket.socket, parts: Sequence[memoryview]) -> bool:
+        """Writes ``parts`` as far as the kernel takes them, and queues the rest; False if the peer has closed the connection."""
+        self._queue += parts
+        try:
+            _write(connection, self._queue)
+        except BaseException as cause:
+            # The next message would continue this one, so it goes by a new connection; what the peer has of this one is void.
+            self._drop()
+            if isinstance(cause, _GONE):
+                return False
+            if isinstance(cause, OSError):
+                raise self._unreachable(cause) from cause
+            raise
+        return True
+
     def _open(self) -> socket.socket:
         if self._path is None:
             raise self._unreachable(FileNotFoundError())
@@ -148,7 +157,7 @@ class LocalLink(Link):
                 f"{who} cannot be reached from here under any of its addresses ({', '.join(self.peer.addresses)}); it has ended"
             )
         # Out of file descriptors or memory, for example.
-        return SendFailedError(f"{who} cannot be connected to just now: {error.strerror}")
+        return SendFailedError(f"{who} cannot be sent to just now: {error.strerror}")
 
     def _stop_writing(self) -> None:
         if self._source is not None:

@@ -1,8 +1,8 @@
 """Several threads wait for many descriptors at once, and each descriptor that is ready goes to one of them.
 
 All idle threads of a worker wait here. The kernel wakes one of them for what arrives, and that one handles it; the others sleep
-on, and none has to be told to take its place. A descriptor is disarmed while it is handled (EPOLLONESHOT of epoll_ctl(2)), so that
-a source is used by one thread at a time. Where there is no epoll, the threads take turns at waiting.
+on, and none has to be told to take its place. A descriptor is disarmed while it is handled (EPOLLONESHOT of epoll_ctl(2)), so
+that a source is used by one thread at a time. Where there is no epoll, the threads take turns at waiting.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """The transport of real workers: peers, links to them, who lives, and the threads that receive.
 
-How messages are carried is the business of `Carrier`: by Unix stream sockets to peers on the same host (`local`), by ZeroMQ to any
-(`zmq`). A worker may have both, and each peer is reached by the first that reaches it.
+How messages are carried is the business of `Carrier`: by Unix stream sockets to peers on the same host (`local`), by ZeroMQ to
+any (`zmq`). A worker may have both, and each peer is reached by the first that reaches it.
 
 Locks, each held briefly:
 
 * ``_lock`` protects the table of peers.
 * The lock of the source ``_lives`` makes one thread at a time look after the peers' lives.
 
-Threads: none of its own. What other threads want of who looks after the peers (watch one, forget one) waits in a queue of notes.
+Threads: none of its own. What other threads want of who looks after the peers (watch one, forget one) waits in a queue of
+notes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Carries messages by ZeroMQ: Unix sockets to peers on the same host, TCP to others.
 
-Each carrier has one context, hence one libzmq I/O thread. One PULL socket takes in all messages. One PUSH socket a peer, opened at
-the first message, sends; each moves between threads behind a lock of its own, so that no two peers wait for each other. All queues
-are unbounded (high-water marks of 0, here and in `zmq_link`), since a message is sent whole or not at all: how much may be under
-way is the agent's to limit.
+Each carrier has one context, hence one libzmq I/O thread. One PULL socket takes in all messages. One PUSH socket a peer, opened
+at the first message, sends; each moves between threads behind a lock of its own, so that no two peers wait for each other. All
+queues are unbounded (high-water marks of 0, here and in `zmq_link`), since a message is sent whole or not at all: how much may
+be under way is the agent's to limit.
 
 Locks: ``_lock`` protects the sockets that part; the lock of the source ``_inbound`` makes one thread at a time read the PULL
 socket; a link's lock protects that peer's PUSH socket.
