@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -32,6 +33,7 @@ from zmqagent.exceptions import (
     ScriptError,
     UnknownWorkerError,
 )
+from zmqagent.transport.stream import prefix
 
 Outcome = tuple[type[BaseException], str]
 
@@ -448,6 +450,22 @@ def _addresses() -> list[str]:
     return list(rpc.api._get_current_rpc_agent()._me.addresses)
 
 
+def _send_by_zmq(address: str, messages: list[list[bytes]]) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as pushing:
+        pushing.linger = 5000
+        pushing.connect(address)
+        for message in messages:
+            pushing.send_multipart(message)
+
+
+def _send_by_stream(address: str, messages: list[list[bytes]]) -> None:
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.connect(address.removeprefix("unix://"))
+        for message in messages:
+            stream.sendall(prefix([len(frame) for frame in message]) + b"".join(message))
+        stream.sendall(b"\xff" * 100)
+
+
 def _send_garbage() -> list[Any]:
     (address, *_) = rpc.rpc_sync("worker1", _addresses)
     future = rpc.rpc_async("worker1", str.upper, args=("already accepted",))
@@ -464,16 +482,14 @@ def _send_garbage() -> list[Any]:
         [wrong_fields, b""],
         [msgpack.packb({"a": 1})],
     ]
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.linger = 5000
-        socket.connect(address)
-        for message in messages:
-            socket.send_multipart(message)
+    send = _send_by_stream if address.startswith("unix") else _send_by_zmq
+    send(address, messages)
     return [future.wait(), is_served(), [info.name for info in rpc.api._get_current_rpc_agent().get_worker_infos()]]
 
 
-def test_garbage_at_a_workers_socket_changes_nothing() -> None:
-    assert on_group(_send_garbage) == ["ALREADY ACCEPTED", True, ["worker0", "worker1"]]
+@pytest.mark.parametrize("transport", ["local", "ipc"])
+def test_garbage_at_a_workers_socket_changes_nothing(transport: str) -> None:
+    assert on_group(_send_garbage, transport=transport) == ["ALREADY ACCEPTED", True, ["worker0", "worker1"]]
 
 
 def test_the_classes_are_what_torch_raises_there() -> None:
