@@ -16,7 +16,7 @@ import torch
 from zmqagent.agent.devices import DeviceMap
 from zmqagent.exceptions import InvalidOptionError, InvalidTypeError, RpcError
 from zmqagent.wire.commands import Command
-from zmqagent.wire.types import Message, WorkerId
+from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = [
     "NO_TIMEOUT",
@@ -24,9 +24,11 @@ __all__ = [
     "OnReply",
     "OnUnusedAnswer",
     "Reply",
+    "ReplyTaker",
     "RequestCallback",
     "Requester",
     "Respond",
+    "UnreadAnswer",
     "check_timeout",
 ]
 
@@ -65,6 +67,39 @@ Reply = Command | RpcError
 `RpcError`; one with code 0 (a user function raised) arrives as the `Failure`, for whoever can unpickle it."""
 
 OnReply = Callable[[Reply], None]
+
+
+class UnreadAnswer:
+    """A peer's answer as it arrived.
+
+    Args:
+        type: of the message.
+        fields: of the message.
+        read: makes the `Reply` of it; to be called once at most.
+    """
+
+    __slots__ = ("fields", "read", "type")
+
+    def __init__(self, type: MessageType, fields: tuple[Any, ...], read: Callable[[], Reply]) -> None:
+        self.type = type
+        self.fields = fields
+        self.read = read
+
+
+class ReplyTaker:
+    """An `OnReply` that may take an answer before it is read, which spares a thread of the agent the reading."""
+
+    __slots__ = ()
+
+    def __call__(self, reply: Reply) -> None:
+        """See `OnReply`."""
+        raise NotImplementedError
+
+    def take_unread(self, answer: UnreadAnswer) -> bool:
+        """Whether it takes ``answer``; if not, it is called with the reply, as any `OnReply`. Runs on a thread that receives,
+        hence no user code, and does not block."""
+        raise NotImplementedError
+
 
 Respond = Callable[[Message], bool]
 """Answers a request. False if the message cannot travel: whoever asked was told so in its place."""

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from zmqagent.agent.activity import Activity, weight
-from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, RequestCallback
+from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, ReplyTaker, RequestCallback, UnreadAnswer
 from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
@@ -302,6 +302,11 @@ class Exchange:
         waiting = self._end_call(envelope)
         if waiting is None:
             return partial(self._leave_unused, envelope)
+        if isinstance(waiting.on_reply, ReplyTaker):
+            answer = UnreadAnswer(envelope.type, envelope.fields, partial(self._read, waiting, envelope))
+            if waiting.on_reply.take_unread(answer):
+                self.activity.count_client(-waiting.counted)
+                return None
         return partial(self._complete_with, waiting, envelope)
 
     def _end_call(self, answer: Envelope | Label) -> _Waiting | None:
@@ -313,15 +318,16 @@ class Exchange:
     def _leave_unused(self, envelope: Envelope) -> None:
         self._on_unused(Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers))
 
-    def _complete_with(self, waiting: _Waiting, envelope: Envelope) -> None:
-        reply: Reply
+    def _read(self, waiting: _Waiting, envelope: Envelope) -> Reply:
         try:
-            reply = self._codec.reply(waiting.asked, envelope)
+            return self._codec.reply(waiting.asked, envelope)
         except ProtocolError as error:
             self.refusals.note(f"cannot read an answer of worker {envelope.source}: {error}")
             self.submit([partial(self._leave_unused, envelope)])
-            reply = error
-        self._complete(waiting, reply)
+            return error
+
+    def _complete_with(self, waiting: _Waiting, envelope: Envelope) -> None:
+        self._complete(waiting, self._read(waiting, envelope))
 
     def _complete(self, waiting: _Waiting, reply: Reply) -> None:
         try:

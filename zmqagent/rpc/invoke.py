@@ -25,12 +25,12 @@ from zmqagent.exceptions import (
     WorkerLostError,
 )
 from zmqagent.rpc import pickler
+from zmqagent.rpc.call_future import CallFuture
 from zmqagent.rpc.eager_optimizer import EAGER_FORMS, eager_form
 from zmqagent.rpc.failures import Failed, new_future, untraced
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import current_call
 from zmqagent.rpc.remote_module import is_remote_forward, remote_forward
-from zmqagent.rpc.results import complete
 from zmqagent.rpc.scripts import check_arguments
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.forks import Forks
@@ -158,8 +158,8 @@ class Invoker:
     # What they share.
 
     def _call(self, dst: WorkerInfo, call: _PickledCall, message: Message, timeout: float, *, attach_always: bool) -> Future[Any]:
-        future = new_future(self._messenger.devices)
-        self._send(WorkerId(dst.id), call, message, partial(complete, future), timeout, attach_always)
+        future = CallFuture(self._messenger.devices)
+        self._send(WorkerId(dst.id), call, message, future, timeout, attach_always)
         return future
 
     def _send(

@@ -14,14 +14,14 @@ from functools import partial
 
 import torch
 
-from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, Requester
+from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply, ReplyTaker, Requester, UnreadAnswer
 from zmqagent.agent.devices import DeviceMap
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc.profiler import ProfiledCall
 from zmqagent.rpc.shares import give_back
-from zmqagent.rpc.thread_state import ThreadState, current_state, in_state
+from zmqagent.rpc.thread_state import CLEAN, ThreadState, current_state, in_state
 from zmqagent.wire.commands import ForwardAutograd, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
@@ -53,7 +53,7 @@ class Messenger:
         """Sends ``message`` as `Requester.request` does, in the calling thread's context if there is one. ``on_reply`` runs in
         that context, and in the state of the calling thread."""
         context = self._contexts.current_context_or_none()
-        on_reply = partial(_reply_in, current_state(), on_reply)
+        on_reply = _InState(current_state(), on_reply)
         metadata = None
         if context is not None:
             if attach_always or _any_requires_grad(message):
@@ -114,9 +114,22 @@ class Messenger:
             context.withdraw_outgoing(ForwardAutograd.from_message(answer).metadata)
 
 
-def _reply_in(state: ThreadState, on_reply: OnReply, reply: Reply) -> None:
-    with in_state(state):
-        on_reply(reply)
+class _InState(ReplyTaker):
+    """Has ``on_reply`` run in ``state``."""
+
+    __slots__ = ("_on_reply", "_state")
+
+    def __init__(self, state: ThreadState, on_reply: OnReply) -> None:
+        self._state = state
+        self._on_reply = on_reply
+
+    def __call__(self, reply: Reply) -> None:
+        with in_state(self._state):
+            self._on_reply(reply)
+
+    def take_unread(self, answer: UnreadAnswer) -> bool:
+        # Whoever reads it later does so in a clean state.
+        return self._state is CLEAN and isinstance(self._on_reply, ReplyTaker) and self._on_reply.take_unread(answer)
 
 
 def _unwrap(context: DistAutogradContext, source: WorkerId, wrapped: ForwardAutograd, device_map: DeviceMap | None) -> Message:

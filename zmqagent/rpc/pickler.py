@@ -85,6 +85,8 @@ def loads(body: Pickled) -> Any:
             "callee modules."
         ) from error
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise  # ^C, while the user's own thread reads an answer.
         # SystemExit too: it must not end a thread of this worker, and whoever waits for the object must be told.
         raise CalleeError(f"cannot unpickle what was sent: {type(error).__name__}: {error}") from error
     finally:

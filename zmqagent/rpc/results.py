@@ -14,16 +14,17 @@ from zmqagent.rpc.result_tensors import set_result
 from zmqagent.rpc.shares import give_back
 from zmqagent.wire.commands import Failure, Return
 
-__all__ = ["complete"]
+__all__ = ["complete", "value_of"]
 
 
 def complete(future: Future[Any], reply: Reply) -> None:
     """Gives ``future`` (made by `new_future`) the value that ``reply`` brought, or what makes its ``wait`` raise."""
-    value = _value(reply)
+    value = value_of(reply)
     set_result(future, value, reply.body.tensors if isinstance(reply, Return) and not isinstance(value, Failed) else ())
 
 
-def _value(reply: Reply) -> Any:
+def value_of(reply: Reply) -> Any:
+    """The value that ``reply`` brought, or a `Failed`."""
     if isinstance(reply, (RpcError, Failure)):
         return Failed.by(reply)
     if not isinstance(reply, Return):

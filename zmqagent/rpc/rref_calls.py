@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from zmqagent.agent.base import NO_TIMEOUT, Reply, Requester
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import ProtocolError, RpcError
 from zmqagent.rpc import failures
-from zmqagent.rpc.failures import new_future
+from zmqagent.rpc.call_future import CallFuture
 from zmqagent.rpc.messenger import Messenger
 from zmqagent.rpc.profiler import RpcProfiler
-from zmqagent.rpc.results import complete
 from zmqagent.wire.commands import Ack, Failure, RRefBackward, RRefFetch
 from zmqagent.wire.types import RRefId, WorkerId
 
@@ -34,11 +32,10 @@ class RpcRRefCalls:
 
     def fetch(self, owner: WorkerId, rref_id: RRefId, timeout: float) -> Future[Any]:
         """Asks ``owner`` for the value of an RRef; the future holds it."""
-        future = new_future(self._requester.devices)
+        future = CallFuture(self._requester.devices)
         message = RRefFetch(rref_id).to_message()
         profiled = self._profiler.traced("RRef.to_here", owner)
-        on_reply = partial(complete, future)
-        self._messenger.send(owner, message, on_reply, timeout=timeout, attach_always=True, profiled=profiled)
+        self._messenger.send(owner, message, future, timeout=timeout, attach_always=True, profiled=profiled)
         return future
 
     def backward_on_owner(self, owner: WorkerId, rref_id: RRefId, context_id: int, retain_graph: bool) -> None:

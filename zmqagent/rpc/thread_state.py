@@ -18,7 +18,7 @@ from torch._C import _is_any_autocast_enabled, _len_torch_function_stack
 from torch._C import is_grad_enabled as _is_grad_enabled
 from torch._C import is_inference_mode_enabled as _is_inference_mode_enabled
 
-__all__ = ["ThreadState", "clean_state", "current_state", "in_state"]
+__all__ = ["CLEAN", "ThreadState", "clean_state", "current_state", "in_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,14 @@ class ThreadState:
     function_modes: tuple[Any, ...] = ()
 
 
-_CLEAN = ThreadState()
+CLEAN = ThreadState()
+"""torch's initial state."""
 
 
 def current_state() -> ThreadState:
     """The state of the calling thread."""
     if _is_clean():
-        return _CLEAN
+        return CLEAN
     enabled = [device_type for device_type in _device_types() if torch.is_autocast_enabled(device_type)]
     return ThreadState(
         torch.is_grad_enabled(),
@@ -52,7 +53,7 @@ def current_state() -> ThreadState:
 
 def clean_state() -> AbstractContextManager[None]:
     """Gives the body torch's initial state, and the thread its own back afterwards."""
-    return _Scope(_CLEAN)
+    return _Scope(CLEAN)
 
 
 def in_state(state: ThreadState) -> AbstractContextManager[None]:
@@ -70,7 +71,7 @@ class _Scope:
         self._guards: ExitStack | None = None
 
     def __enter__(self) -> None:
-        if self._state is not _CLEAN or not _is_clean():
+        if self._state is not CLEAN or not _is_clean():
             self._guards = _enter_guards(self._state)
 
     def __exit__(self, *error: Any) -> None:
