@@ -71,9 +71,17 @@ class Group:
         for process in self.processes:
             process.resume()
 
+    def observe(self, look: Callable[[int], float]) -> list[float]:
+        """What ``look`` says of the process of each worker.
+
+        Raises:
+            ProcessFailed: one of them died.
+        """
+        return [process.observe(look) for process in self.processes]
+
     def cpu_seconds(self) -> float:
         """The processor time that all workers together have used so far."""
-        return sum(observed.cpu_seconds(process.pid) for process in self.processes)
+        return sum(self.observe(observed.cpu_seconds))
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def measure(plan: Plan, directory: Path, announce: Callable[[str], None]) -> Mea
                     _keep(figures[group.contender.name], _slice(group, row, plan.quick), number)
         for group in groups:
             announce(f"idle: {group.contender.label}")
-            peak = sum(observed.peak_memory_mb(process.pid) for process in group.processes)
+            peak = sum(group.observe(observed.peak_memory_mb))
             figures[group.contender.name] |= {"idle.cpu": [_idle(group, plan.idle_seconds)], "memory.peak": [peak]}
     return Measured(figures, floor_figures)
 
@@ -123,9 +123,9 @@ def _floors(floors: Floors, quick: bool) -> dict[str, float]:
 def _idle(group: Group, seconds: float) -> float:
     """The busier worker of a pair while nobody asks anything of either, in percent of a core."""
     with group.awake():
-        before = [observed.cpu_seconds(process.pid) for process in group.processes]
+        before = group.observe(observed.cpu_seconds)
         began = time.monotonic()
         time.sleep(seconds)
         elapsed = time.monotonic() - began
-        used = [observed.cpu_seconds(process.pid) - then for process, then in zip(group.processes, before, strict=True)]
-    return max(used) / elapsed * 100
+        after = group.observe(observed.cpu_seconds)
+    return max(now - then for then, now in zip(before, after, strict=True)) / elapsed * 100

@@ -1,4 +1,7 @@
-"""What Linux tells of a process from outside, without its help and so without disturbing it."""
+"""What Linux tells of a process from outside, without its help and so without disturbing it.
+
+All functions raise an ``OSError`` if there is no such process.
+"""
 
 from __future__ import annotations
 
@@ -40,4 +43,5 @@ def _status(pid: int, field: str) -> int:
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0])
-    raise LookupError(f"/proc/{pid}/status has no {field}")
+    # A process that ended, and is not reaped yet, has neither memory nor threads.
+    raise ProcessLookupError(f"/proc/{pid}/status has no {field}")

@@ -7,6 +7,7 @@ sends back what they return. Between them it waits in a read.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -17,16 +18,17 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-from torch.multiprocessing.spawn import _prctl_pr_set_pdeathsig
+from typing import Any, TypeVar
 
 import zmqagent
 from zmqagent.cli.bench.errors import ProcessFailed
 
 __all__ = ["Process", "answers"]
+
+T = TypeVar("T")
 
 _DEADLINE_S = 180.0
 _TIME_TO_LEAVE_S = 5.0
@@ -41,16 +43,14 @@ class Process:
     def __init__(self, name: str) -> None:
         self.name = name
         self.connection, theirs = _server.Pipe()
-        self._process = _server.Process(target=_live, args=(theirs,), name=name, daemon=True)
+        lifeline, self._lifeline = _server.Pipe(duplex=False)
+        self._process = _server.Process(target=_live, args=(theirs, lifeline), name=name, daemon=True)
         with _inherited_by_server():
             self._process.start()
-        theirs.close()
-
-    @property
-    def pid(self) -> int:
-        """The number that the system knows it by."""
         assert self._process.pid is not None
-        return self._process.pid
+        self._pid = self._process.pid
+        theirs.close()
+        lifeline.close()
 
     @property
     def sentinel(self) -> int:
@@ -71,27 +71,50 @@ class Process:
         try:
             value, trouble = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join(1)
-            raise ProcessFailed(f"{self.name} died with exit code {self._process.exitcode}") from None
+            raise self._death() from None
         if trouble:
             raise ProcessFailed(f"{self.name} failed:\n{trouble}")
         return value
 
+    def observe(self, look: Callable[[int], T]) -> T:
+        """What ``look`` says of the process of that number.
+
+        Raises:
+            ProcessFailed: there is no such process any more, so that ``look`` raised an ``OSError``.
+        """
+        try:
+            return look(self._pid)
+        except OSError:
+            raise self._death() from None
+
     def pause(self) -> None:
-        """Stops the process, all of its threads, until `resume`."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """Stops the process, all of its threads, until `resume`.
+
+        Raises:
+            ProcessFailed: it died.
+        """
+        self.observe(lambda pid: os.kill(pid, signal.SIGSTOP))
 
     def resume(self) -> None:
-        """Lets a stopped process go on; does nothing to others."""
-        os.kill(self.pid, signal.SIGCONT)
+        """Lets a stopped process go on; does nothing to others.
+
+        Raises:
+            ProcessFailed: it died.
+        """
+        self.observe(lambda pid: os.kill(pid, signal.SIGCONT))
 
     def end(self, patience: float = _TIME_TO_LEAVE_S) -> None:
         """Lets the process leave by itself for ``patience`` seconds, then kills it; afterwards there is none."""
         self.connection.close()
         self._process.join(patience)
+        self._lifeline.close()
         self._process.kill()
         self._process.join()
         self._process.close()
+
+    def _death(self) -> ProcessFailed:
+        self._process.join(1)
+        return ProcessFailed(f"{self.name} died with exit code {self._process.exitcode}")
 
 
 def answers(asked: Sequence[Process], bystanders: Sequence[Process] = (), deadline: float = _DEADLINE_S) -> list[Any]:
@@ -121,7 +144,9 @@ def answers(asked: Sequence[Process], bystanders: Sequence[Process] = (), deadli
 @contextlib.contextmanager
 def _inherited_by_server() -> Iterator[None]:
     """What the server of processes, which starts with the first of them, is to inherit, and they from it."""
-    # ^C on a terminal goes to every process; it is for the first one to end the others.
+    # ^C on a terminal goes to every process; it is for the first one to end the others. (The tracker is another process of
+    # `multiprocessing`; to start it clears the mask.)
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     # Some versions of Python let the server import its modules by this variable only.
     paths = [str(Path(zmqagent.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -146,9 +171,8 @@ def _environment(**variables: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _live(connection: Connection) -> None:
-    # The server ends when the process that measures does, however it ends, and takes along what it started.
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)
+def _live(connection: Connection, lifeline: Connection) -> None:
+    _die_with(lifeline)
     # TENSORPIPE's need of files grows beyond the usual limit of 1,024 with the group.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -165,6 +189,17 @@ def _live(connection: Connection) -> None:
         except BaseException:
             answer = (None, traceback.format_exc())
         connection.send(answer)
+
+
+def _die_with(lifeline: Connection) -> None:
+    """Has the kernel kill this process when the other end of ``lifeline`` closes, however that comes to be.
+
+    The process that measures may be killed while this one is stopped and could not read an end of file.
+    """
+    descriptor = lifeline.fileno()
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _show_unless_torch_speaks_of_itself(
