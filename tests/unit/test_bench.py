@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,7 @@ from zmqagent.cli.bench import observed
 from zmqagent.cli.bench.conditions import Conditions
 from zmqagent.cli.bench.contenders import REFERENCES, VARIANTS, Contender
 from zmqagent.cli.bench.measure import Measured, Plan
+from zmqagent.cli.bench.plot import plot
 from zmqagent.cli.bench.report import figure, report
 from zmqagent.cli.bench.results import Line, document, floor_lines, lines
 from zmqagent.cli.bench.rows import AT_THE_END, FLOORS, ROWS, SECTIONS
@@ -161,6 +163,7 @@ def test_the_table_shows_figures_ratios_and_targets() -> None:
     assert cells(text, "CPU of a worker that waits") == ["%", "150", "75.0", "≤", "1", "not", "met"]
     assert cells(text, "Unix socket, there and back") == ["µs", "13.0"]
     assert "Under a full moon." in text
+    assert "Ratios are taken in each round" in text
     assert "10 of 19 targets are met." in text
 
 
@@ -169,11 +172,39 @@ def test_without_a_reference_there_are_only_figures() -> None:
     assert cells(text, "no-op call, p50") == ["µs", "75.0"]
     assert cells(text, "CPU of a worker that waits") == ["%", "75.0"]
     assert "target" not in text
+    assert "Ratios" not in text
     assert "TENSORPIPE" not in text
 
 
+@pytest.mark.parametrize("reference", [TENSORPIPE, None])
+def test_the_picture_has_a_panel_for_each_kind_of_figure(reference: Contender | None, tmp_path: Path) -> None:
+    path = tmp_path / "bench.svg"
+    plot(results(reference, zmq=0.5), floors(), (TENSORPIPE, AUTO), reference, path)
+    drawn = path.read_text()
+    for words in (
+        "time of a call, p99",
+        "calls a second",
+        "push, GB/s",
+        "64 MB",
+        "bare ZeroMQ",
+        "into shared memory",
+        "TENSORPIPE",
+    ):
+        assert words in drawn
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "bench.svg"
+    rows = [line for line in results(TENSORPIPE, zmq=0.5) if line.metric.key.startswith("noop.")]
+    plot(rows, floors(), (TENSORPIPE, AUTO), TENSORPIPE, path)
+    drawn = path.read_text()
+    assert "no-op" in drawn
+    assert "remote" not in drawn
+    assert "push" not in drawn
+
+
 def test_the_document_is_json_and_has_every_round() -> None:
-    conditions = asdict(Conditions.here(rounds=2, torch_threads=1, stopped=["TENSORPIPE"], quick=False))
+    conditions = asdict(Conditions.here(rounds=2, warm_up="a dance", torch_threads=1, stopped=["TENSORPIPE"], quick=False))
     made = document(conditions, (TENSORPIPE, AUTO), TENSORPIPE, results(TENSORPIPE, zmq=0.5), floors())
     read = json.loads(json.dumps(made, allow_nan=False))
     assert read == made
@@ -185,10 +216,10 @@ def test_the_document_is_json_and_has_every_round() -> None:
 
 
 def test_conditions_say_what_was_pinned_and_stopped() -> None:
-    here = Conditions.here(rounds=1, torch_threads=2, stopped=["TENSORPIPE"], quick=True)
+    here = Conditions.here(rounds=1, warm_up="a dance", torch_threads=2, stopped=["TENSORPIPE"], quick=True)
     told = " ".join(Conditions(**{**asdict(here), "cpus": 4, "may_run_on": [1, 3]}).sentences())
     assert "4 CPUs, pinned to 1, 3." in told
-    assert "Medians of 1 round after 1 round of warm-up" in told
+    assert "Medians of 1 round; warm-up: a dance." in told
     assert "torch computes with 2 threads" in told
     assert "the workers of TENSORPIPE, which would spin, were stopped" in told
     assert "A quick run" in told

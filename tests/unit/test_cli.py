@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from zmqagent.cli import demo
+from zmqagent.cli.bench import command as bench
 from zmqagent.cli.main import main
 from zmqagent.version import __version__
 
@@ -71,7 +72,9 @@ def test_help_names_the_commands_that_exist(capsys: pytest.CaptureFixture[str]) 
         (["demo", "--accuracy", "101"], "must be a number from 0 to 100, not 101"),
         (["bench", "--vs", "GLOO"], "invalid choice: 'GLOO'"),
         (["bench", "--variant", "pigeon"], "invalid choice: 'pigeon'"),
-        (["bench", "--only", "lunch"], "invalid choice: 'lunch'"),
+        (["bench", "--only", "lunch"], "invalid choice: 'lunch' (choose from 'noop', "),
+        (["bench", "--only", "group"], "invalid choice: 'group'"),
+        (["bench", "--growth", "--only", "noop"], "invalid choice: 'noop' (choose from 'threads', "),
         (["bench", "--rounds", "0"], "must be a whole number from 1 on, not 0"),
         (["bench", "--threads", "-1"], "must be a whole number from 1 on, not -1"),
         (["run"], "Give a script, or -m and a module"),
@@ -83,14 +86,15 @@ def test_wrong_arguments_are_refused(arguments: list[str], complaint: str, capsy
     assert complaint in refusal(arguments, capsys)
 
 
+@pytest.mark.parametrize("command", ["demo", "bench"])
 @pytest.mark.parametrize(
     ("plot", "complaint"),
-    [("missing/loss.png", "no such directory"), ("loss.docx", "must end in one of"), ("loss", "must end in one of")],
+    [("missing/it.png", "no such directory"), ("it.docx", "must end in one of"), ("it", "must end in one of")],
 )
-def test_a_picture_that_cannot_be_written_is_refused_before_training(
-    plot: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(
+    command: str, plot: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert complaint in refusal(["demo", "--plot", str(tmp_path / plot)], capsys)
+    assert complaint in refusal([command, "--plot", str(tmp_path / plot)], capsys)
 
 
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
@@ -107,6 +111,8 @@ def test_a_missing_extra_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch,
     complaint = refusal(["demo"], capsys)
     assert "scikit-learn and matplotlib" in complaint
     assert "pip install 'zmqagent[demo]'" in complaint
+    monkeypatch.setattr(bench, "find_spec", lambda module: None)
+    assert "a picture needs matplotlib: pip install 'zmqagent[bench]'" in refusal(["bench", "--plot", "it.png"], capsys)
 
 
 @pytest.mark.parametrize(

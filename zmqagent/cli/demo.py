@@ -27,7 +27,7 @@ from torch.distributed import rpc
 from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
 from zmqagent.cli import training
-from zmqagent.cli.arguments import number, unwritable
+from zmqagent.cli.arguments import number
 from zmqagent.cli.display import Display
 from zmqagent.cli.training import EpochDone, Job, Report
 
@@ -187,12 +187,9 @@ def _obstacle(path: Path) -> str:
     missing = [package for module, package in modules.items() if find_spec(module) is None]
     if missing:
         return f"the demo needs {' and '.join(missing)}: pip install 'zmqagent[demo]'"
-    from zmqagent.cli.plot import formats
+    from zmqagent.cli.pictures import undrawable
 
-    if path.suffix.removeprefix(".").lower() not in formats():
-        return f"no picture can be written to {path}: its name must end in one of {', '.join(sorted(formats()))}"
-    trouble = unwritable(path)
-    return f"no picture can be written to {path}: {trouble}" if trouble else ""
+    return undrawable(path)
 
 
 def _explain(error: ProcessException) -> str:

@@ -6,22 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from zmqagent.cli.pictures import INK, new_figure, tidy
 from zmqagent.cli.training import EpochDone, trainer_name
 
-__all__ = ["formats", "plot"]
+__all__ = ["plot"]
 
 _TRAINER_COLOURS = ("#7fb2e5", "#f2b27a")
-_MEAN_COLOUR = "#1f2d3d"
 _TARGET_COLOUR = "#b03a2e"
-
-
-def formats() -> set[str]:
-    """The endings of file names that `plot` understands, without the dot."""
-    return set(FigureCanvasAgg.get_supported_filetypes())
 
 
 def plot(epochs: Sequence[EpochDone], target: float, title: str, path: Path) -> None:
@@ -30,9 +23,7 @@ def plot(epochs: Sequence[EpochDone], target: float, title: str, path: Path) -> 
     Raises:
         OSError: the file cannot be written.
     """
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure = new_figure(title, 10, 4.2)
     losses, accuracy = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_losses(losses, epochs)
     _draw_accuracy(accuracy, epochs, target)
@@ -40,9 +31,6 @@ def plot(epochs: Sequence[EpochDone], target: float, title: str, path: Path) -> 
         axes.set_xlabel("epoch")
         axes.set_xlim(0, len(epochs) * 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-        axes.grid(color="#e3e6ea", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
@@ -57,7 +45,7 @@ def _draw_losses(axes: Axes, epochs: Sequence[EpochDone]) -> None:
     axes.plot(
         [done.epoch - 0.5 for done in epochs],
         [done.mean_loss for done in epochs],
-        color=_MEAN_COLOUR,
+        color=INK,
         linewidth=2,
         marker="o",
         markersize=4,
@@ -66,13 +54,13 @@ def _draw_losses(axes: Axes, epochs: Sequence[EpochDone]) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylabel("cross-entropy loss")
-    axes.set_title("Training loss", loc="left", fontsize=11)
+    tidy(axes, "Training loss")
     axes.legend(frameon=False, fontsize=9)
 
 
 def _draw_accuracy(axes: Axes, epochs: Sequence[EpochDone], target: float) -> None:
     numbers, percents = [done.epoch for done in epochs], [100 * done.accuracy for done in epochs]
-    axes.plot(numbers, percents, color=_MEAN_COLOUR, linewidth=2, marker="o", markersize=4)
+    axes.plot(numbers, percents, color=INK, linewidth=2, marker="o", markersize=4)
     axes.axhline(100 * target, color=_TARGET_COLOUR, linewidth=1.2, linestyle="--")
     axes.annotate(
         f"asked: {target:.1%}", (1, 100 * target), xycoords=("axes fraction", "data"), xytext=(0, -4), textcoords="offset points",
@@ -81,4 +69,4 @@ def _draw_accuracy(axes: Axes, epochs: Sequence[EpochDone], target: float) -> No
     axes.set_ylim(max(0.0, min(100 * target, *percents) - 4), 101)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
-    axes.set_title(f"Held-out digits read right: {epochs[-1].accuracy:.1%}", loc="left", fontsize=11)
+    tidy(axes, f"Held-out digits read right: {epochs[-1].accuracy:.1%}")

@@ -24,7 +24,7 @@ class Conditions:
         cpus: how many there are.
         may_run_on: the numbers of those that the processes may run on.
         rounds: how many counted.
-        warm_up_rounds: how many went before them and were discarded.
+        warm_up: what went before and was discarded, in words.
         torch_threads: what ``torch.set_num_threads`` got in each worker.
         stopped: the labels of the contenders whose workers were stopped whenever it was another one's turn.
         quick: whether it was a quick run, whose figures mean nothing.
@@ -35,13 +35,13 @@ class Conditions:
     cpus: int
     may_run_on: list[int]
     rounds: int
-    warm_up_rounds: int
+    warm_up: str
     torch_threads: int
     stopped: list[str]
     quick: bool
 
     @classmethod
-    def here(cls, rounds: int, torch_threads: int, stopped: list[str], quick: bool) -> Conditions:
+    def here(cls, rounds: int, warm_up: str, torch_threads: int, stopped: list[str], quick: bool) -> Conditions:
         """Those of this machine, and of processes that this one starts."""
         return cls(
             versions={
@@ -55,7 +55,7 @@ class Conditions:
             cpus=os.cpu_count() or 1,
             may_run_on=sorted(os.sched_getaffinity(0)),
             rounds=rounds,
-            warm_up_rounds=1,
+            warm_up=warm_up,
             torch_threads=torch_threads,
             stopped=stopped,
             quick=quick,
@@ -68,9 +68,8 @@ class Conditions:
         where = f"pinned to {', '.join(map(str, self.may_run_on))}" if pinned else "no process pinned"
         told = [
             f"{versions}; {self.system}, {_counted(self.cpus, 'CPU')}, {where}.",
-            f"Medians of {_counted(self.rounds, 'round')} after {_counted(self.warm_up_rounds, 'round')} of warm-up; ratios are "
-            "taken in each round, and in parentheses are their quartiles.",
-            f"In each worker torch computes with {_counted(self.torch_threads, 'thread')}.",
+            f"Medians of {_counted(self.rounds, 'round')}; warm-up: {self.warm_up}. In each worker torch computes with "
+            f"{_counted(self.torch_threads, 'thread')}.",
         ]
         if self.stopped:
             told.append(

@@ -22,6 +22,7 @@ class Contender:
         backend: the name of the ``BackendType``.
         options: keyword arguments of the backend's options, ``init_method`` apart.
         spins: whether its workers look for messages without a pause, and so take processor time from whoever runs beside them.
+        mb_a_peer: the memory in MB that a worker takes from the machine for each worker that it has talked with.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Contender:
     backend: str
     options: Mapping[str, Any] = field(default_factory=dict)
     spins: bool = False
+    mb_a_peer: float = 0
 
 
 def _by_name(*contenders: Contender) -> dict[str, Contender]:
@@ -43,8 +45,8 @@ VARIANTS = _by_name(
 """The ZMQ backend; ``auto`` is what a user gets who chooses nothing."""
 
 REFERENCES = _by_name(
-    # Between workers of one host it reads rings in shared memory, in a loop that only yields.
-    Contender("TENSORPIPE", "TENSORPIPE", "TENSORPIPE", spins=True),
+    # Between workers of one host it reads rings in shared memory, of 8 MB each way, in a loop that only yields.
+    Contender("TENSORPIPE", "TENSORPIPE", "TENSORPIPE", spins=True, mb_a_peer=16),
     # What TensorPipe has left between two hosts: TCP, without its ways through the memory that processes of one host share.
     Contender("TENSORPIPE:uv", "TENSORPIPE uv", "TENSORPIPE", {"_transports": ["uv"], "_channels": ["mpt_uv", "basic"]}),
 )

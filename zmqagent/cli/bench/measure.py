@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from zmqagent.cli.bench import observed
 from zmqagent.cli.bench.contenders import Contender
@@ -19,7 +20,9 @@ from zmqagent.cli.bench.floors import Floors, running_floors
 from zmqagent.cli.bench.group import Group, running_group
 from zmqagent.cli.bench.rows import FLOORS, Row
 
-__all__ = ["Measured", "Plan", "measure"]
+__all__ = ["Measured", "Plan", "in_turn", "measure"]
+
+T = TypeVar("T")
 
 _FLOOR_ROUND_TRIPS = 300
 _FLOOR_COPIES = 5
@@ -89,8 +92,7 @@ def measure(plan: Plan, directory: Path, announce: Callable[[str], None]) -> Mea
             announce(f"{announced}: floors")
             _keep(floor_figures, _floors(floors, plan.quick), number)
             for row in plan.rows:
-                # Nobody comes always first, or always after the same one.
-                for group in groups[number % len(groups) :] + groups[: number % len(groups)]:
+                for group in in_turn(groups, number):
                     announce(f"{announced}: {row.key}, {group.contender.label}")
                     _keep(figures[group.contender.name], _slice(group, row, plan.quick), number)
         for group in groups:
@@ -98,6 +100,12 @@ def measure(plan: Plan, directory: Path, announce: Callable[[str], None]) -> Mea
             peak = sum(group.observe(observed.peak_memory_mb))
             figures[group.contender.name] |= {"idle.cpu": [_idle(group, plan.idle_seconds)], "memory.peak": [peak]}
     return Measured(figures, floor_figures)
+
+
+def in_turn(contenders: Sequence[T], number: int) -> list[T]:
+    """The contenders in the order of round ``number``: in each another one comes first."""
+    first = number % len(contenders)
+    return [*contenders[first:], *contenders[:first]]
 
 
 def _keep(kept: dict[str, list[float]], figures: Mapping[str, float], number: int) -> None:

@@ -1,6 +1,6 @@
 """What Linux tells of a process from outside, without its help and so without disturbing it.
 
-All functions raise an ``OSError`` if there is no such process.
+Functions of a process raise an ``OSError`` if there is none of that number.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["cpu_seconds", "memory_mb", "open_files", "peak_memory_mb", "threads"]
+__all__ = ["cpu_seconds", "machine_mb", "memory_mb", "open_files", "peak_memory_mb", "threads"]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -36,6 +36,11 @@ def open_files(pid: int) -> int:
 def threads(pid: int) -> int:
     """How many threads a process has."""
     return _status(pid, "Threads")
+
+
+def machine_mb() -> float:
+    """The memory of this machine, in MB of 2**20 bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _status(pid: int, field: str) -> int:

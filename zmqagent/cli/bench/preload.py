@@ -7,6 +7,6 @@ import torch.distributed.optim
 import torch.distributed.rpc
 
 import zmqagent
-from zmqagent.cli.bench import floors, group, workloads
+from zmqagent.cli.bench import floors, group, growth_workloads, workloads
 
-__all__ = ["floors", "group", "torch", "workloads", "zmqagent"]
+__all__ = ["floors", "group", "growth_workloads", "torch", "workloads", "zmqagent"]

@@ -30,8 +30,9 @@ __all__ = ["Process", "answers"]
 
 T = TypeVar("T")
 
-_DEADLINE_S = 180.0
+_DEADLINE_S = 600.0
 _TIME_TO_LEAVE_S = 5.0
+_TIME_TO_BE_FOUND_DEAD_S = 1.0
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["zmqagent.cli.bench.preload"])
@@ -71,7 +72,7 @@ class Process:
         try:
             value, trouble = self.connection.recv()
         except (EOFError, ConnectionResetError):
-            raise self._death() from None
+            raise self.death() from None
         if trouble:
             raise ProcessFailed(f"{self.name} failed:\n{trouble}")
         return value
@@ -85,7 +86,7 @@ class Process:
         try:
             return look(self._pid)
         except OSError:
-            raise self._death() from None
+            raise self.death() from None
 
     def pause(self) -> None:
         """Stops the process, all of its threads, until `resume`.
@@ -112,8 +113,9 @@ class Process:
         self._process.join()
         self._process.close()
 
-    def _death(self) -> ProcessFailed:
-        self._process.join(1)
+    def death(self) -> ProcessFailed:
+        """What to say of a process that has ended without being told to."""
+        self._process.join(_TIME_TO_BE_FOUND_DEAD_S)
         return ProcessFailed(f"{self.name} died with exit code {self._process.exitcode}")
 
 
@@ -137,8 +139,17 @@ def answers(asked: Sequence[Process], bystanders: Sequence[Process] = (), deadli
             # A process that answered and then died shows both; the answer may tell why.
             process = missing.get(event) or dying[event]
             if process not in values:
-                values[process] = process.take()
+                try:
+                    values[process] = process.take()
+                except ProcessFailed as failure:
+                    raise _cause(failure, [other for other in (*asked, *bystanders) if other is not process]) from None
     return [values[process] for process in asked]
+
+
+def _cause(failure: ProcessFailed, others: Sequence[Process]) -> ProcessFailed:
+    """The death of one of ``others``, if that is what a process failed of; its peers may notice it first."""
+    dead = multiprocessing.connection.wait([other.sentinel for other in others], _TIME_TO_BE_FOUND_DEAD_S)
+    return next((other.death() for other in others if other.sentinel in dead), failure)
 
 
 @contextlib.contextmanager

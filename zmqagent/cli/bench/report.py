@@ -31,6 +31,11 @@ def report(
         _floors(floors),
         Text(),
         *(Text(condition, style="dim") for condition in conditions),
+        *(
+            []
+            if reference is None
+            else [Text("Ratios are taken in each round; their quartiles are in parentheses.", style="dim")]
+        ),
         *_verdict(rows),
     )
 

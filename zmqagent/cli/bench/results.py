@@ -12,7 +12,7 @@ from zmqagent.cli.bench.rows import AT_THE_END, FLOORS, SECTIONS, Metric
 from zmqagent.cli.bench.statistics import Summary, ratios, summarise
 from zmqagent.cli.bench.targets import Target, target
 
-__all__ = ["SCHEMA", "Line", "Result", "document", "floor_lines", "lines"]
+__all__ = ["SCHEMA", "Line", "Result", "contender_documents", "document", "floor_lines", "lines"]
 
 SCHEMA = 1
 """The version of what `document` returns; a change that readers must know of counts it up."""
@@ -87,10 +87,7 @@ def document(
         "schema": SCHEMA,
         "kind": "comparison",
         "conditions": dict(conditions),
-        "contenders": [
-            {"name": contender.name, "label": contender.label, "backend": contender.backend, "options": dict(contender.options)}
-            for contender in contenders
-        ],
+        "contenders": contender_documents(contenders),
         "reference": None if reference is None else reference.name,
         "rows": [
             {**_described(line.metric), "results": {name: _result_document(result) for name, result in line.results.items()}}
@@ -98,6 +95,14 @@ def document(
         ],
         "floors": [{**_described(line.metric), **_result_document(line.results[""])} for line in floors],
     }
+
+
+def contender_documents(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
+    """Who took part, and which options made them what they were."""
+    return [
+        {"name": contender.name, "label": contender.label, "backend": contender.backend, "options": dict(contender.options)}
+        for contender in contenders
+    ]
 
 
 def _described(metric: Metric) -> dict[str, Any]:

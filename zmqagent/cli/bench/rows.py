@@ -35,6 +35,11 @@ class Metric:
     section: str
     more_is_better: bool = False
 
+    @property
+    def titled(self) -> str:
+        """The title and the unit, if there is one."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
 
 @dataclass(frozen=True)
 class Row:

@@ -23,15 +23,22 @@ from torch.distributed.optim import DistributedOptimizer
 from zmqagent.cli.bench.statistics import percentile
 
 __all__ = [
+    "FLOATS_IN_4_KB",
+    "GB",
+    "MB",
+    "PEER",
     "asynchronous",
     "builtin_operator",
     "echo",
     "forget",
     "from_threads",
     "no_op",
+    "nothing",
     "push",
     "remote_to_here",
+    "same",
     "small_echo",
+    "timed",
     "train",
     "worker",
 ]
@@ -52,7 +59,7 @@ PEER = worker(1)
 
 def no_op(count: int) -> dict[str, float]:
     """Calls of a function that does nothing, each awaited."""
-    return _latencies(lambda: rpc.rpc_sync(PEER, _nothing), count)
+    return _latencies(lambda: rpc.rpc_sync(PEER, nothing), count)
 
 
 def builtin_operator(count: int) -> dict[str, float]:
@@ -64,7 +71,7 @@ def builtin_operator(count: int) -> dict[str, float]:
 def small_echo(count: int) -> dict[str, float]:
     """A tensor of 4 KB there and back."""
     tensor = torch.ones(FLOATS_IN_4_KB)
-    return _latencies(lambda: rpc.rpc_sync(PEER, _same, args=(tensor,)), count)
+    return _latencies(lambda: rpc.rpc_sync(PEER, same, args=(tensor,)), count)
 
 
 def remote_to_here(count: int) -> dict[str, float]:
@@ -76,7 +83,7 @@ def remote_to_here(count: int) -> dict[str, float]:
 def asynchronous(count: int) -> dict[str, float]:
     """Calls of a function that does nothing, all begun before the first is awaited."""
     began = time.perf_counter()
-    torch.futures.wait_all([rpc.rpc_async(PEER, _nothing) for _ in range(count)])
+    torch.futures.wait_all([rpc.rpc_async(PEER, nothing) for _ in range(count)])
     return {"rate": count / (time.perf_counter() - began)}
 
 
@@ -86,7 +93,7 @@ def from_threads(callers: int, count: int) -> dict[str, float]:
 
     def call() -> list[float]:
         ready.wait()
-        return _timed(lambda: rpc.rpc_sync(PEER, _nothing), count // callers)
+        return timed(lambda: rpc.rpc_sync(PEER, nothing), count // callers)
 
     with ThreadPoolExecutor(callers) as pool:
         futures = [pool.submit(call) for _ in range(callers)]
@@ -100,14 +107,14 @@ def from_threads(callers: int, count: int) -> dict[str, float]:
 def push(megabytes: int, count: int) -> dict[str, float]:
     """Tensors to a function that drops them."""
     tensor = _tensor(megabytes * MB)
-    seconds = percentile(_timed(lambda: rpc.rpc_sync(PEER, _drop, args=(tensor,)), count), 0.5)
+    seconds = percentile(timed(lambda: rpc.rpc_sync(PEER, _drop, args=(tensor,)), count), 0.5)
     return {"bandwidth": megabytes * MB / GB / seconds}
 
 
 def echo(megabytes: int, count: int) -> dict[str, float]:
     """Tensors there and back; both ways count."""
     tensor = _tensor(megabytes * MB)
-    seconds = percentile(_timed(lambda: rpc.rpc_sync(PEER, _same, args=(tensor,)), count), 0.5)
+    seconds = percentile(timed(lambda: rpc.rpc_sync(PEER, same, args=(tensor,)), count), 0.5)
     return {"bandwidth": 2 * megabytes * MB / GB / seconds}
 
 
@@ -123,12 +130,32 @@ def train(with_optimizer: bool, count: int) -> dict[str, float]:
             if with_optimizer:
                 network.optimizer.step(context_id)
 
-    return {"step": percentile(_timed(step, count), 0.5) * 1e3}
+    return {"step": percentile(timed(step, count), 0.5) * 1e3}
 
 
 def forget() -> None:
     """Lets go of what the workloads keep between slices, references to the other worker among it."""
     _network.cache_clear()
+
+
+def nothing() -> None:
+    """What is called where only the call counts."""
+
+
+def same(tensor: Tensor) -> Tensor:
+    """What is called to have a tensor back."""
+    return tensor
+
+
+def timed(call: Callable[[], object], count: int) -> list[float]:
+    """The seconds that each of ``count`` calls took."""
+    clock = time.perf_counter
+    seconds = []
+    for _ in range(count):
+        began = clock()
+        call()
+        seconds.append(clock() - began)
+    return seconds
 
 
 class _Network(NamedTuple):
@@ -154,14 +181,6 @@ def _parameters(layer: rpc.RRef[nn.Linear]) -> list[rpc.RRef[Any]]:
     return [rpc.RRef(parameter) for parameter in layer.local_value().parameters()]
 
 
-def _nothing() -> None:
-    pass
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _drop(tensor: Tensor) -> None:
     pass
 
@@ -170,17 +189,6 @@ def _tensor(size: int) -> Tensor:
     return torch.ones(size, dtype=torch.uint8)
 
 
-def _timed(call: Callable[[], object], count: int) -> list[float]:
-    """The seconds that each of ``count`` calls took."""
-    clock = time.perf_counter
-    seconds = []
-    for _ in range(count):
-        began = clock()
-        call()
-        seconds.append(clock() - began)
-    return seconds
-
-
 def _latencies(call: Callable[[], object], count: int) -> dict[str, float]:
-    seconds = _timed(call, count)
+    seconds = timed(call, count)
     return {"p50": percentile(seconds, 0.5) * 1e6, "p99": percentile(seconds, 0.99) * 1e6}
