@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,7 +82,8 @@ class LongRun:
             start_new_session=True,
         )
         os.close(theirs)
-        self._read_until(b"round 1/100000: noop, ZMQ")
+        # Not all that it does is shown, for the terminal is written to only now and then.
+        self._read_until(rb"round \d+/100000: noop, ZMQ")
         servers = {child for child in children(self.process.pid) if children(child)}
         self.workers = [worker for server in servers for worker in children(server)]
 
@@ -92,9 +94,9 @@ class LongRun:
         except OSError:  # how the end of a terminal shows
             return b""
 
-    def _read_until(self, words: bytes) -> None:
+    def _read_until(self, pattern: bytes) -> None:
         seen = b""
-        while words not in seen:
+        while not re.search(pattern, seen):
             more = self.read()
             assert more, seen.decode()
             seen += more
