@@ -16,7 +16,7 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply
 from zmqagent.exceptions import RpcError, UnknownWorkerError
 from zmqagent.rref.context import NewRemote, RRefContext
 from zmqagent.rref.rref import OwnerRRef, RRef
-from zmqagent.wire.commands import Ack, Failure, RRefChildAccept, RRefForkRequest, RRefUserDelete, parse
+from zmqagent.wire.commands import Ack, Failure, RRefChildAccept, RRefForkRequest, RRefUserDeletes, parse
 from zmqagent.wire.types import Message, RRefId, WorkerId
 
 __all__ = ["EMPTY", "Calls", "Group", "Member", "counts", "dumps", "fetched", "loads"]
@@ -136,8 +136,8 @@ class Group:
         command = parse(message)
         context = self[to].context
         try:
-            if isinstance(command, RRefUserDelete):
-                context.on_user_delete(command.rref_id, command.fork_id)
+            if isinstance(command, RRefUserDeletes):
+                context.on_user_deletes(command.deletes)
             elif isinstance(command, RRefForkRequest):
                 context.on_fork_request(source, command.rref_id, command.fork_id)
             else:

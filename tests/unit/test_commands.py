@@ -27,7 +27,7 @@ COMMANDS: list[c.Command] = [
     c.ScriptRemoteCall(BODY, "__torch__.f", False, True, RREF, FORK),
     c.RemoteReturn(RREF, FORK),
     c.RRefFetch(RREF),
-    c.RRefUserDelete(RREF, FORK),
+    c.RRefUserDeletes((c.RRefUserDelete(RREF, FORK),) * 2),
     c.RRefForkRequest(RREF, FORK),
     c.RRefChildAccept(FORK),
     c.ForwardAutograd(CONTEXT, c.PythonCall(BODY, False).to_message()),
@@ -128,7 +128,13 @@ def test_an_integer_out_of_range_is_refused(value: int) -> None:
 @pytest.mark.parametrize("fields", [(1 << 15, 0, 0, 0), (0, 0, 1 << 15, 0)])
 def test_an_id_that_no_worker_drew_is_refused(fields: tuple[int, ...]) -> None:
     with pytest.raises(ProtocolError, match="an id of an RRef or a fork is a worker's, from 0 to 32767, and a number"):
-        c.parse(Message(MessageType.RREF_USER_DELETE, fields))
+        c.parse(Message(MessageType.RREF_FORK_REQUEST, fields))
+
+
+@pytest.mark.parametrize("delete", [5, (), (0, 1, 2), (0, 1, 2, "3"), (0, 1, 2, 3, 4), (1 << 15, 0, 0, 0), (0, -1, 0, 0)])
+def test_the_death_of_no_share_is_refused(delete: Any) -> None:
+    with pytest.raises(ProtocolError, match=r"told by four integers|an id of an RRef or a fork is a worker's"):
+        c.parse(Message(MessageType.RREF_USER_DELETE, (((0, 1, 2, 3), delete),)))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from zmqagent.exceptions import (
     RRefUsageError,
     WorkerLostError,
 )
+from zmqagent.rref.events import AllUsersDropped
+from zmqagent.wire.commands import RRefUserDelete, RRefUserDeletes, parse
 from zmqagent.wire.types import ForkId, RRefId, WorkerId
 
 
@@ -54,6 +56,17 @@ def test_the_deletion_of_a_dropped_user_begins_by_itself(group: Group) -> None:
     assert shell.wait_until(lambda protocol: protocol.user_state(fork_id)[0].name == "DELETED", 10.0)
 
 
+def test_deletions_for_one_owner_travel_together(group: Group) -> None:
+    news = [group.remote(0, owner, "value") for owner in [1, 2] * 300]
+    group[0].context._shell.handle(AllUsersDropped())
+    deletes = [(to, parse(message)) for _, to, message, _ in group.queue]
+    sizes = [(to, len(command.deletes)) for to, command in deletes if isinstance(command, RRefUserDeletes)]
+    assert sorted(sizes) == [(1, 44), (1, 256), (2, 44), (2, 256)]
+    group.deliver()
+    assert [group[n].context.debug_info() for n in range(3)] == [EMPTY] * 3
+    del news
+
+
 def test_a_call_to_oneself_has_one_id_and_keeps_its_value_while_it_runs(group: Group) -> None:
     context = group[0].context
     new = context.new_remote(WorkerId(0))
@@ -71,7 +84,7 @@ def test_creating_an_owner_twice_gives_the_same_place_even_if_its_users_are_gone
     ids = new.rref_id, new.fork_id
     owner = id(group[1].context.create_owner(*ids))
     waiting = fetched(group[1].context, new.rref_id)
-    group[1].context.on_user_delete(*ids)
+    group[1].context.on_user_deletes([RRefUserDelete(*ids)])
     again = group[1].context.create_owner(*ids)
     assert id(again) == owner
     again.set_value("late")

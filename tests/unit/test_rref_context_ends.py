@@ -71,7 +71,7 @@ def test_what_cannot_be_sent_fails_as_if_it_were_answered_so(group: Group, caplo
     group.refuse = RpcError("no way out")
     del new
     group.drain()
-    assert "worker1 may keep a value that nobody uses any more: no way out" in caplog.text
+    assert "worker1 may keep values that nobody uses any more: no way out" in caplog.text
     assert group[0].context.debug_info() == EMPTY
 
 

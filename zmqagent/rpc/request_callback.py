@@ -42,14 +42,14 @@ from zmqagent.wire.commands import (
     RRefChildAccept,
     RRefFetch,
     RRefForkRequest,
-    RRefUserDelete,
+    RRefUserDeletes,
     RunWithProfiling,
     ScriptCall,
     ScriptRemoteCall,
     parse,
 )
 from zmqagent.wire.frozen import frozen
-from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, WorkerId
+from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["RpcRequestCallback"]
 
@@ -91,7 +91,7 @@ class RpcRequestCallback:
             PythonRemoteCall: self._python_remote_call,
             ScriptRemoteCall: self._script_remote_call,
             RRefFetch: self._rref_fetch,
-            RRefUserDelete: self._rref_user_delete,
+            RRefUserDeletes: self._rref_user_deletes,
             RRefForkRequest: self._rref_fork_request,
             RRefChildAccept: self._rref_child_accept,
             RRefBackward: self._rref_backward,
@@ -135,16 +135,18 @@ class RpcRequestCallback:
         return self._answer_from_elsewhere if call.is_async else self._answer
 
     def _python_remote_call(self, request: _Request, call: PythonRemoteCall) -> None:
-        keep = partial(self._keep, request, call.rref_id, call.fork_id)
+        keep = partial(self._keep, request, call, self._owner(call))
         self._run_remote(request, call, self._load_function, keep)
 
     def _script_remote_call(self, request: _Request, call: ScriptRemoteCall) -> None:
-        keep = partial(self._keep, request, call.rref_id, call.fork_id)
+        keep = partial(self._keep, request, call, self._owner(call))
         self._run_remote(request, call, partial(self._load_script, call), keep if call.is_builtin else script_ends(keep))
 
+    def _owner(self, call: PythonRemoteCall | ScriptRemoteCall) -> OwnerRRef:
+        # It exists from now on, so that fetches which overtake the function find something to wait for.
+        return self._rrefs.create_owner(call.rref_id, call.fork_id)
+
     def _run_remote(self, request: _Request, call: PythonRemoteCall | ScriptRemoteCall, load: _Load, keep: OnResult) -> None:
-        # The owner exists from now on, so that fetches which overtake the function find something to wait for.
-        self._rrefs.create_owner(call.rref_id, call.fork_id)
         try:
             self._run(request, call, load, keep)
         except BaseException as error:
@@ -240,9 +242,15 @@ class RpcRequestCallback:
 
     # RRefs.
 
-    def _keep(self, request: _Request, rref_id: RRefId, fork_id: ForkId, value: Any, error: BaseException | None) -> None:
+    def _keep(
+        self,
+        request: _Request,
+        call: PythonRemoteCall | ScriptRemoteCall,
+        owner: OwnerRRef,
+        value: Any,
+        error: BaseException | None,
+    ) -> None:
         """Makes a remote call's value, or its exception, the owner's, and tells the creator that it is there."""
-        owner = self._rrefs.create_owner(rref_id, fork_id)
         if error is None:
             owner.set_value(value)
         else:
@@ -250,7 +258,7 @@ class RpcRequestCallback:
         if isinstance(error, UnreadableCallError):
             request.respond(failures.describe_error(error, self._me()).to_message())
         else:
-            request.respond(RemoteReturn(rref_id, fork_id).to_message())
+            request.respond(RemoteReturn(call.rref_id, call.fork_id).to_message())
 
     def _rref_fetch(self, request: _Request, fetch: RRefFetch) -> None:
         def ready(owner: OwnerRRef | None, error: BaseException | None) -> None:
@@ -261,8 +269,8 @@ class RpcRequestCallback:
 
         self._rrefs.when_owner_ready(fetch.rref_id, ready)
 
-    def _rref_user_delete(self, request: _Request, delete: RRefUserDelete) -> None:
-        self._rrefs.on_user_delete(delete.rref_id, delete.fork_id)
+    def _rref_user_deletes(self, request: _Request, command: RRefUserDeletes) -> None:
+        self._rrefs.on_user_deletes(command.deletes)
         request.respond(Ack().to_message())
 
     def _rref_fork_request(self, request: _Request, fork: RRefForkRequest) -> None:

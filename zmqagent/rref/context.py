@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ from zmqagent.rref.protocol import RRefProtocol
 from zmqagent.rref.rref import OwnerRRef, RRef, RRefCalls, UserRRef
 from zmqagent.rref.shell import OnConfirmed, ProtocolShell
 from zmqagent.rref.users import UserState
+from zmqagent.wire.commands import RRefUserDelete
 from zmqagent.wire.types import ForkData, ForkId, RRefId, WorkerId
 
 __all__ = ["NewRemote", "OnOwnerReady", "RRefContext"]
@@ -291,9 +292,9 @@ class RRefContext:
             return
         owners[0].add_callback(lambda owner: callback(owner, owner.error))
 
-    def on_user_delete(self, rref_id: RRefId, fork_id: ForkId) -> None:
+    def on_user_deletes(self, deletes: Iterable[RRefUserDelete]) -> None:
         """RREF_USER_DELETE arrived; to be answered by an `Ack`."""
-        self._shell.handle(events.UserDeleted(rref_id, fork_id))
+        self._shell.handle(*[events.UserDeleted(delete.rref_id, delete.fork_id) for delete in deletes])
 
     def on_fork_request(self, source: WorkerId, rref_id: RRefId, fork_id: ForkId) -> None:
         """RREF_FORK_REQUEST arrived from ``source``; to be answered by an `Ack`.

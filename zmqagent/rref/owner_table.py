@@ -12,14 +12,15 @@ __all__ = ["OwnerTable"]
 
 
 class OwnerTable:
-    """Finds them by id. Both tables are protected by the shell's lock."""
+    """Finds them by id."""
 
     def __init__(self, worker_id: WorkerId, shell: ProtocolShell) -> None:
         self._me = worker_id
         self._shell = shell
-        # Every one that anybody refers to, so that one id never has two of them.
+        # Every one that anybody refers to, so that one id never has two of them. Protected by the shell's lock.
         self._all: WeakValueDictionary[RRefId, OwnerRRef] = WeakValueDictionary()
         # Those whose function still runs: fetches that wait for the value must not lose it when the last user goes.
+        # Changed in single steps of the interpreter.
         self._running: dict[RRefId, OwnerRRef] = {}
 
     def get(self, rref_id: RRefId, *, created: bool) -> OwnerRRef:
@@ -32,10 +33,7 @@ class OwnerTable:
 
     def keep_while_running(self, owner: OwnerRRef) -> None:
         """Keeps ``owner`` until it has a value or an error."""
-        with self._shell.locked():
-            if owner.is_ready or owner.rref_id in self._running:
-                return
-            self._running[owner.rref_id] = owner
+        self._running[owner.rref_id] = owner
         owner.add_callback(self._forget_running)
 
     def let_go(self) -> list[OwnerRRef]:
@@ -45,5 +43,4 @@ class OwnerTable:
             return list(self._all.values())
 
     def _forget_running(self, owner: OwnerRRef) -> None:
-        with self._shell.locked():
-            self._running.pop(owner.rref_id, None)
+        self._running.pop(owner.rref_id, None)

@@ -144,7 +144,8 @@ class RRefProtocol:
         if self._closed is not None:
             return self._when_closed(event, self._closed)
         instructions = self._handlers[type(event)](event, now)
-        self._unanswered += sum(isinstance(instruction, Send) for instruction in instructions)
+        if instructions:
+            self._unanswered += sum(isinstance(instruction, Send) for instruction in instructions)
         return instructions
 
     # ---------------------------------------------------------------------------------------------------------- queries

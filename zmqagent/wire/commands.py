@@ -17,7 +17,7 @@ from zmqagent.wire.autograd_commands import AbortBackward, BackwardAutograd, Cle
 from zmqagent.wire.fields import take, take_bare, take_shares, to_fork_id, to_rref_id
 from zmqagent.wire.frozen import frozen
 from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
-from zmqagent.wire.rref_commands import RRefBackward, RRefChildAccept, RRefFetch, RRefForkRequest, RRefUserDelete
+from zmqagent.wire.rref_commands import RRefBackward, RRefChildAccept, RRefFetch, RRefForkRequest, RRefUserDelete, RRefUserDeletes
 from zmqagent.wire.types import ForkData, ForkId, Message, MessageType, RRefId
 from zmqagent.wire.wrappers import ForwardAutograd, ProfiledReturn, RunWithProfiling
 
@@ -43,6 +43,7 @@ __all__ = [
     "RRefFetch",
     "RRefForkRequest",
     "RRefUserDelete",
+    "RRefUserDeletes",
     "RemoteReturn",
     "Return",
     "RunWithProfiling",
@@ -223,7 +224,7 @@ Command = (
     | ScriptRemoteCall
     | RemoteReturn
     | RRefFetch
-    | RRefUserDelete
+    | RRefUserDeletes
     | RRefForkRequest
     | RRefChildAccept
     | ForwardAutograd
@@ -250,7 +251,7 @@ _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
     MessageType.SCRIPT_REMOTE_CALL: ScriptRemoteCall.from_message,
     MessageType.REMOTE_RET: RemoteReturn.from_message,
     MessageType.PYTHON_RREF_FETCH_CALL: RRefFetch.from_message,
-    MessageType.RREF_USER_DELETE: RRefUserDelete.from_message,
+    MessageType.RREF_USER_DELETE: RRefUserDeletes.from_message,
     MessageType.RREF_FORK_REQUEST: RRefForkRequest.from_message,
     MessageType.RREF_CHILD_ACCEPT: RRefChildAccept.from_message,
     MessageType.RREF_ACK: Ack.from_message,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.fields import take_bare, to_fork_id, to_rref_id
 from zmqagent.wire.frozen import frozen
-from zmqagent.wire.types import ForkId, Message, MessageType, RRefId
+from zmqagent.wire.types import ForkId, Message, MessageType, RRefId, shown
 
-__all__ = ["RRefBackward", "RRefChildAccept", "RRefFetch", "RRefForkRequest", "RRefUserDelete"]
+__all__ = ["RRefBackward", "RRefChildAccept", "RRefFetch", "RRefForkRequest", "RRefUserDelete", "RRefUserDeletes"]
 
 
 @frozen
@@ -29,19 +30,33 @@ class RRefFetch:
 
 @frozen
 class RRefUserDelete:
-    """A user's share has died (G1)."""
+    """A user's share has died (G1). It travels with others for the same owner, in an `RRefUserDeletes`."""
 
     type: ClassVar[MessageType] = MessageType.RREF_USER_DELETE
     rref_id: RRefId
     fork_id: ForkId
 
     def to_message(self) -> Message:
-        return Message(self.type, (*self.rref_id, *self.fork_id))
+        return RRefUserDeletes((self,)).to_message()
+
+
+@frozen
+class RRefUserDeletes:
+    """The deaths of one or more shares in RRefs of one owner."""
+
+    type: ClassVar[MessageType] = MessageType.RREF_USER_DELETE
+    deletes: tuple[RRefUserDelete, ...]
+
+    def to_message(self) -> Message:
+        return Message(self.type, (tuple([(*delete.rref_id, *delete.fork_id) for delete in self.deletes]),))
 
     @classmethod
-    def from_message(cls, message: Message) -> RRefUserDelete:
-        a, b, c, d = take_bare(message, int, int, int, int)
-        return cls(to_rref_id(a, b), to_fork_id(c, d))
+    def from_message(cls, message: Message) -> RRefUserDeletes:
+        (deletes,) = take_bare(message, tuple)
+        for delete in deletes:
+            if type(delete) is not tuple or [*map(type, delete)] != [int] * 4:
+                raise ProtocolError(f"the death of a share in an RRef is told by four integers, but {shown(delete)} arrived")
+        return cls(tuple([RRefUserDelete(to_rref_id(a, b), to_fork_id(c, d)) for a, b, c, d in deletes]))
 
 
 @frozen
