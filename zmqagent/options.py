@@ -45,6 +45,9 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         transport: how workers reach each other: ``"local"`` (by Unix sockets, on one host), ``"ipc"`` (on one host by ZeroMQ),
             ``"tcp"`` (by ZeroMQ), or ``"auto"``: local to peers on the same host, tcp to others.
         bind_address: the address or name of an interface to listen on; by default the one that reaches the meeting point.
+        shared_memory: how many bytes this worker may share at a time with workers on its host, so that large tensors that it
+            sends them are copied only once; 0 for none. By default 1 GiB, or an eighth of the memory left if that is less.
+            No more is taken than is needed.
         draw_rank: in a dynamic group (``init_rpc`` without ``world_size``), ``init_rpc`` may be called without a rank too: the
             worker gets one that nobody in the group has had.
 
@@ -63,6 +66,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         devices: Iterable[DeviceLike] | None = None,
         transport: TransportName = "auto",
         bind_address: str | None = None,
+        shared_memory: int | None = None,
         draw_rank: bool = False,
     ) -> None:
         super().__init__(_seconds(rpc_timeout), _text("init_method", init_method))
@@ -73,6 +77,7 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self.devices = [] if devices is None else devices
         self.transport = transport
         self.bind_address = bind_address
+        self.shared_memory = shared_memory
         self.draw_rank = draw_rank
 
     @classmethod
@@ -163,6 +168,19 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
         self._bind_address = None if value is None else _text("bind_address", value)
 
     @property
+    def shared_memory(self) -> int | None:
+        """How many bytes this worker may share with workers on its host; None: by the memory there is."""
+        return self._shared_memory
+
+    @shared_memory.setter
+    def shared_memory(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InvalidTypeError(f"shared_memory must be an int (bytes) or None, but got {_described(value)}")
+        if value is not None and value < 0:
+            raise InvalidOptionError(f"shared_memory must not be negative, got {value}")
+        self._shared_memory = value
+
+    @property
     def draw_rank(self) -> bool:
         """Whether a worker of a dynamic group that comes without a rank is given one."""
         return self._draw_rank
@@ -198,8 +216,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
 
     def __repr__(self) -> str:
         names = (
-            *("num_worker_threads", "rpc_timeout", "init_method", "device_maps", "devices", "transport", "bind_address"),
-            "draw_rank",
+            *("num_worker_threads", "rpc_timeout", "init_method", "device_maps", "devices"),
+            *("transport", "bind_address", "shared_memory", "draw_rank"),
         )
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 

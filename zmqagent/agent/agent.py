@@ -436,7 +436,7 @@ class ZmqRpcAgent:
         if now - self._house_kept_at >= _HOUSEKEEPING:
             self._house_kept_at = now
             self._exchange.refusals.report()
-            self._exchange.submit([self._keep_house])
+            self._exchange.submit([self._keep_house, self._transport.tidy])
         return self._executor.look()
 
     def _serve(self, source: WorkerId, message: Message, respond: Respond) -> None:

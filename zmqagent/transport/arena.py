@@ -130,6 +130,21 @@ class Arena:
             self._loans[slot.number] = slot.loan
         return Reference(slot.number, slot.loan, slot.offset, frame.nbytes)
 
+    def recall(self, frame: memoryview) -> None:
+        """Undoes `lend`: the reference to all of ``frame`` went to nobody. Its bytes are what they were."""
+        slot = self._buffers[id(frame.obj)]
+        with self._lock:
+            del self._lent[slot.number]
+            self._loans[slot.number] = _NOT_LENT
+            slot.loan = 0
+
+    def is_back(self, reference: Reference) -> bool:
+        """Whether what was lent by ``reference`` has been given back."""
+        with self._lock:
+            self._take_back()
+            slot = self._lent.get(reference.slot)
+            return slot is None or slot.loan != reference.loan
+
     def reclaim(self, holder: Hashable) -> None:
         """Takes back all that was lent to ``holder``, whose process has ended, but for what a process that was forked from it may
         still use."""

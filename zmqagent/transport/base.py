@@ -130,6 +130,10 @@ class Transport(ABC):
         """What time alone has brought, such as a death that can be told now. To be called some 50 times a second."""
         return ()
 
+    def tidy(self) -> None:
+        """Lets go of what has not been needed for a while. To be called about once a second."""
+        return None
+
     @abstractmethod
     def wake(self) -> None:
         """Makes a `receive` that waits now, or else the next one, return at once."""

@@ -7,9 +7,12 @@ from urllib.parse import urlparse
 
 from zmqagent.options import ZmqRpcBackendOptions
 from zmqagent.transport.hosts import local_address_towards
+from zmqagent.transport.memory_limit import available_memory
 from zmqagent.transport.sockets import SocketTransport
 
 __all__ = ["bind"]
+
+_MOST_SHARED = 1 << 30
 
 
 def bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -> SocketTransport:
@@ -24,7 +27,19 @@ def bind(options: ZmqRpcBackendOptions, incarnation: int, *, share_host: bool) -
     address = None
     if tcp:
         address = options.bind_address or local_address_towards(_store_host(options.init_method), 0)
-    return SocketTransport(local=local, ipc=options.transport == "ipc", tcp_host=address, incarnation=incarnation)
+    return SocketTransport(
+        local=local,
+        ipc=options.transport == "ipc",
+        tcp_host=address,
+        incarnation=incarnation,
+        shared_memory=_default_share() if options.shared_memory is None else options.shared_memory,
+    )
+
+
+def _default_share() -> int:
+    """Bytes of shared memory, if the options name none."""
+    available = available_memory()
+    return _MOST_SHARED if available is None else min(_MOST_SHARED, available // 8)
 
 
 def _store_host(init_method: str) -> str:

@@ -15,6 +15,10 @@ class Link(ABC):
 
     peer: PeerRecord
 
+    def allocate(self, size: int) -> memoryview | None:
+        """See `Transport.allocate`."""
+        return None
+
     @abstractmethod
     def send(self, frames: Frames) -> None:
         """Accepts one message, whole or not at all. Raises as `Transport.send`, and the error that `end` was given."""
@@ -39,6 +43,10 @@ class Carrier(ABC):
     @abstractmethod
     def link(self, peer: PeerRecord) -> Link:
         """The way to ``peer``. Never blocks; the connection itself is made later."""
+
+    def tidy(self) -> None:
+        """See `Transport.tidy`."""
+        return None
 
     @abstractmethod
     def close(self, deadline: float) -> None:

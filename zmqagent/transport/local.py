@@ -17,6 +17,7 @@ from zmqagent.transport.base import Event, PeerRecord, Received
 from zmqagent.transport.carrier import Carrier
 from zmqagent.transport.endpoints import SocketDirectory, stream_path
 from zmqagent.transport.hosts import host_identity
+from zmqagent.transport.lending import ANCILLARY_BYTES, Borrower, Lender
 from zmqagent.transport.local_link import LocalLink
 from zmqagent.transport.poller import Poller, Source
 from zmqagent.transport.stream import StreamReader
@@ -37,10 +38,12 @@ class LocalCarrier(Carrier):
 
     Args:
         poller: whose threads accept, read, and write what the kernel does not take at once.
+        shared_memory: how many bytes are lent to peers at most.
     """
 
-    def __init__(self, poller: Poller) -> None:
+    def __init__(self, poller: Poller, shared_memory: int) -> None:
         self._poller = poller
+        self._lender = Lender(shared_memory)
         self._host = host_identity()
         self._directory = SocketDirectory()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -67,10 +70,13 @@ class LocalCarrier(Carrier):
         return self._path(peer) is not None
 
     def link(self, peer: PeerRecord) -> LocalLink:
-        link = LocalLink(peer, self._path(peer), self._poller, self._links.discard)
+        link = LocalLink(peer, self._path(peer), self._poller, self._lender, self._links.discard)
         with self._lock:
             self._links.add(link)
         return link
+
+    def tidy(self) -> None:
+        self._lender.tidy(time.monotonic())
 
     def close(self, deadline: float) -> None:
         with self._lock:
@@ -85,6 +91,7 @@ class LocalCarrier(Carrier):
         for each in inbound:
             with each.source.lock:
                 self._hang_up(each)
+        self._lender.close()
         self._directory.remove()
 
     def _path(self, peer: PeerRecord) -> str | None:
@@ -113,7 +120,7 @@ class LocalCarrier(Carrier):
         with self._lock:
             self._inbound.discard(inbound)
         self._poller.remove(inbound.source)
-        inbound.connection.close()
+        inbound.close()
 
 
 class _Inbound:
@@ -124,12 +131,20 @@ class _Inbound:
         self.connection = connection
         self.source = Source(connection.fileno(), self._read)
         self._hang_up = hang_up
-        self._reader = StreamReader()
+        self._borrower = Borrower()
+        self._reader = StreamReader(self._borrower.invited, self._borrower.view)
+
+    def close(self) -> None:
+        """Nothing more is read."""
+        self.connection.close()
+        self._borrower.close()
 
     def _read(self) -> Sequence[Event]:
         space = self._reader.space()
         try:
-            count = self.connection.recv_into(space[0]) if len(space) == 1 else self.connection.recvmsg_into(space)[0]
+            count, beside, _, _ = self.connection.recvmsg_into(space, ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            if beside:
+                self._borrower.take_ancillary(beside)
             if count:
                 return [Received(frames) for frames in self._reader.took(count)]
         except BlockingIOError:

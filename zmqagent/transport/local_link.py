@@ -12,15 +12,16 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from zmqagent.exceptions import InvalidTypeError, RpcError, SendFailedError, WorkerLostError
 from zmqagent.transport.base import Event, Frames, PeerRecord
 from zmqagent.transport.carrier import Link
+from zmqagent.transport.lending import Lender, Loans
 from zmqagent.transport.poller import Poller, Source
-from zmqagent.transport.stream import prefix
+from zmqagent.transport.stream import LENT, prefix
 
 __all__ = ["LocalLink"]
 
@@ -49,33 +50,44 @@ class LocalLink(Link):
         peer: whom to.
         path: of the peer's socket; None if it has none that can be opened from here.
         poller: whose threads write what the kernel does not take at once.
+        lender: out of whose arena memory is lent to the peer.
         on_end: called with this link once it is of no use any more.
     """
 
-    def __init__(self, peer: PeerRecord, path: str | None, poller: Poller, on_end: Callable[[LocalLink], None]) -> None:
+    def __init__(
+        self, peer: PeerRecord, path: str | None, poller: Poller, lender: Lender, on_end: Callable[[LocalLink], None]
+    ) -> None:
         self.peer = peer
         self._path = path
         self._poller = poller
+        self._lender = lender
         self._on_end = on_end
         # Protects all fields below; held while a message is written as far as the kernel takes it, which is never waited for.
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._source: Source | None = None  # while something is queued
         self._queue: deque[memoryview] = deque()
+        self._loans: Loans | None = None  # over the socket there is
         self._ended: tuple[type[RpcError], str] | None = None
 
+    def allocate(self, size: int) -> memoryview | None:
+        with self._lock:
+            if self._loans is None:
+                return None
+            return self._loans.allocate(size, None if self._queue else self._socket)
+
     def send(self, frames: Frames) -> None:
-        parts = _parts(_views(frames))
+        views = _views(frames)
         with self._lock:
             if self._ended is not None:
                 error, what = self._ended
                 raise error(f"worker {self.peer.name!r} ({self.peer.worker_id}) {what}")
-            if self._queue:
-                self._queue += parts
+            if self._queue and self._loans is not None:
+                self._queue += _parts(views, self._loans.lend(views))
                 return
-            is_begun = self._socket is not None and self._begin(self._socket, parts)
+            is_begun = self._socket is not None and self._begin(self._socket, views)
             # Never opened, or closed by the peer, which may have had its reasons and live on.
-            if not is_begun and not self._begin(self._open(), parts):
+            if not is_begun and not self._begin(self._open(), views):
                 raise self._unreachable(ConnectionResetError())
             if self._queue and self._socket is not None:
                 self._source = Source(self._socket.fileno(), self._flush, writing=True)
@@ -118,19 +130,23 @@ class LocalLink(Link):
             _logger.debug("the connection to worker %s broke: %s", self.peer.name, error)
             self._drop()
 
-    def _begin(self, connection: socket.socket, parts: Sequence[memoryview]) -> bool:
-        """Writes ``parts`` as far as the kernel takes them, and queues the rest; False if the peer has closed the connection."""
-        self._queue += parts
+    def _begin(self, connection: socket.socket, views: Sequence[memoryview]) -> bool:
+        """Writes a message as far as the kernel takes it, and queues the rest; False if the peer has closed the connection."""
+        assert self._loans is not None
+        loans = self._loans
+        lent = loans.lend(views)
+        self._queue += _parts(views, lent)
         try:
             _write(connection, self._queue)
         except BaseException as cause:
             # The next message would continue this one, so it goes by a new connection; what the peer has of this one is void.
             self._drop()
+            if not isinstance(cause, OSError):
+                raise
+            loans.recall(views[i] for i in lent)
             if isinstance(cause, _GONE):
                 return False
-            if isinstance(cause, OSError):
-                raise self._unreachable(cause) from cause
-            raise
+            raise self._unreachable(cause) from cause
         return True
 
     def _open(self) -> socket.socket:
@@ -148,6 +164,7 @@ class LocalLink(Link):
             connection.close()
             raise
         self._socket = connection
+        self._loans = Loans(self._lender, self.peer)
         return connection
 
     def _unreachable(self, error: OSError) -> RpcError:
@@ -168,7 +185,7 @@ class LocalLink(Link):
         self._stop_writing()
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
+            self._socket = self._loans = None
         self._queue.clear()
         if self._ended is not None:
             self._on_end(self)
@@ -190,11 +207,14 @@ def _views(frames: Sequence[Any]) -> list[memoryview]:
     return views
 
 
-def _parts(views: Sequence[memoryview]) -> list[memoryview]:
-    """What is written: the prefix and the frames, with small neighbours joined."""
+def _parts(views: Sequence[memoryview], lent: Mapping[int, memoryview]) -> list[memoryview]:
+    """What is written: the prefix and the frames, or the references in their place, with small neighbours joined."""
     sizes = [view.nbytes for view in views]
+    if lent:
+        views = [lent.get(i, view) for i, view in enumerate(views)]
+        sizes = [view.nbytes | (LENT if i in lent else 0) for i, view in enumerate(views)]
     head = prefix(sizes)
-    if sum(sizes) <= _JOIN_BYTES:
+    if sum([view.nbytes for view in views]) <= _JOIN_BYTES:
         return [memoryview(b"".join((head, *views)))]
     parts = []
     small: list[Any] = [head]

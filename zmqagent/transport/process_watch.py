@@ -7,6 +7,7 @@ forbids pidfds, the process is asked for every `POLL_INTERVAL`.
 from __future__ import annotations
 
 import os
+import select
 import selectors
 from functools import partial
 
@@ -14,7 +15,7 @@ from zmqagent.transport.base import PeerDown, PeerEvent, PeerRecord, PeerUp
 from zmqagent.transport.hosts import process_start
 from zmqagent.wire.types import WorkerId
 
-__all__ = ["POLL_INTERVAL", "ProcessWatch", "is_process"]
+__all__ = ["POLL_INTERVAL", "ProcessWatch", "has_ended", "is_process"]
 
 POLL_INTERVAL = 0.2
 """Seconds between two looks at the processes that have no pidfd."""
@@ -116,3 +117,22 @@ def is_process(peer: PeerRecord) -> bool:
     except PermissionError:
         return True  # Another user's process, and alive.
     return peer.started == 0 or process_start(peer.pid) in (peer.started, 0)
+
+
+def has_ended(peer: PeerRecord) -> bool:
+    """Whether the peer's process runs no more; a zombie does not, though it still has its pid."""
+    if not is_process(peer):
+        return True
+    try:
+        fd = _open(peer.pid)
+    except ProcessLookupError:
+        return True
+    if fd is None:
+        return False
+    try:
+        # Readable once all of the process has ended (pidfd_open(2)).
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(fd)

@@ -46,6 +46,7 @@ class SocketTransport(Transport):
         incarnation: of this worker; only names the transport in `repr`.
         tcp_port: 0 takes any free port.
         bind_host: listen on this address instead of ``tcp_host``; ``"0.0.0.0"`` or ``"::"`` for all interfaces.
+        shared_memory: how many bytes this worker lends, at most, to peers that it reaches by ``local``.
 
     Raises:
         InvalidOptionError: nothing to listen on, or an address that is not this machine's or already in use.
@@ -60,6 +61,7 @@ class SocketTransport(Transport):
         tcp_host: str | None = None,
         tcp_port: int = 0,
         bind_host: str | None = None,
+        shared_memory: int = 0,
     ) -> None:
         if not (local or ipc) and tcp_host is None:
             raise InvalidOptionError(
@@ -72,7 +74,7 @@ class SocketTransport(Transport):
         context = None
         try:
             if local:
-                self._carriers.append(LocalCarrier(self._poller))
+                self._carriers.append(LocalCarrier(self._poller, shared_memory))
             if ipc or tcp_host is not None:
                 by_zmq = ZmqCarrier(self._poller, ipc=ipc, tcp_host=tcp_host, tcp_port=tcp_port, bind_host=bind_host)
                 self._carriers.append(by_zmq)
@@ -130,6 +132,10 @@ class SocketTransport(Transport):
             link.end(UnknownWorkerError, "was disconnected", keep=True)
             self._note(worker_id)
 
+    def allocate(self, to: WorkerId, size: int) -> memoryview | None:
+        link = self._links.get(to)
+        return None if link is None or os.getpid() != self._owner else link.allocate(size)
+
     def send(self, to: WorkerId, frames: Frames) -> None:
         self._check_process()
         self._check_open()
@@ -159,6 +165,11 @@ class SocketTransport(Transport):
         with self._lives.lock:
             events = [] if self._closed else self._take_events(time.monotonic(), drained=not arrived)
         return [*(arrived or ()), *events]
+
+    def tidy(self) -> None:
+        if not self._closed and os.getpid() == self._owner:
+            for carrier in self._carriers:
+                carrier.tidy()
 
     def wake(self) -> None:
         if os.getpid() == self._owner:

@@ -1,14 +1,17 @@
 """Messages to and from a stream of bytes. Pure: no sockets, no threads.
 
-A message is its number of frames and their sizes (`_COUNT`, `_SIZE` each, little-endian), then the frames. Short messages are
-read many at a time into one block of memory and copied out of it; a long one is read into memory of its own, each large frame
-into a block of numpy's, which aligns it.
+A message is its number of frames and their sizes (`_COUNT`, `_SIZE` each, little-endian), then the frames. A size with the mark
+`LENT` is that of a reference to shared memory, which is sent in place of a frame. A message of no frames is an invitation to
+share memory, and a reference follows. What references mean is known elsewhere.
+
+Short messages are read many at a time into one block of memory and copied out of it; a long one is read into memory of its own,
+each large frame into a block of numpy's, which aligns it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,10 +20,16 @@ from zmqagent.exceptions import ProtocolError
 from zmqagent.transport.base import Frames
 from zmqagent.wire.frames import DEFAULT_LIMITS, Limits
 
-__all__ = ["BLOCK_BYTES", "StreamReader", "prefix"]
+__all__ = ["BLOCK_BYTES", "LENT", "REFERENCE_BYTES", "StreamReader", "invitation", "prefix"]
 
 BLOCK_BYTES = 1 << 16
 """How much is read at a time, and how long a message may be to be copied out of that."""
+
+LENT = 1 << 63
+"""Marks the size of a reference to shared memory."""
+
+REFERENCE_BYTES = 32
+"""The size of such a reference."""
 
 _MAX_VIEWS = 64
 """Frames of a long message that one reading fills; the kernel takes up to 1,024 (IOV_MAX)."""
@@ -35,18 +44,37 @@ def _sizes(count: int) -> struct.Struct:
 
 
 def prefix(sizes: Sequence[int]) -> bytes:
-    """What goes before frames of ``sizes`` bytes."""
+    """What goes before frames of ``sizes`` bytes, or references of ``sizes`` with the mark `LENT`."""
     return _COUNT.pack(len(sizes)) + _sizes(len(sizes)).pack(*sizes)
 
 
-class StreamReader:
-    """Takes messages out of one stream. Fill what `space` gives, then say by `took` how much that was."""
+def invitation(reference: bytes) -> bytes:
+    """An invitation to share memory, whole."""
+    return _COUNT.pack(0) + reference
 
-    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+
+class StreamReader:
+    """Takes messages out of one stream. Fill what `space` gives, then say by `took` how much that was.
+
+    Args:
+        on_invitation: what the reference in an invitation is handed to.
+        view: gives the memory that a reference in place of a frame means.
+        limits: that messages must not exceed.
+    """
+
+    def __init__(
+        self,
+        on_invitation: Callable[[memoryview], None],
+        view: Callable[[memoryview], memoryview],
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self._on_invitation = on_invitation
+        self._view = view
         self._limits = limits
         self._block = memoryview(bytearray(BLOCK_BYTES))
         self._begin = self._end = 0  # what is in the block and no message yet
         self._long: list[memoryview] = []  # the frames of a long message
+        self._lent: list[int] = []  # which of them are references
         self._unfilled: list[memoryview] = []  # what is to come of them, in reverse
 
     def space(self) -> list[memoryview]:
@@ -59,7 +87,8 @@ class StreamReader:
         """``count`` bytes, at least one, were put where `space` said. Returns the messages that are complete now.
 
         Raises:
-            ProtocolError: this is no stream of messages, or one of them exceeds the limits. The stream is of no use any more.
+            ProtocolError: this is no stream of messages, one of them exceeds the limits, or a reference means nothing. The stream
+                is of no use any more.
         """
         if self._unfilled:
             return self._filled(count)
@@ -74,22 +103,38 @@ class StreamReader:
             unfilled[-1] = unfilled[-1][count:]
             return []
         whole, self._long = self._long, []
-        return [whole]
+        return [self._resolved(whole, self._lent)]
+
+    def _resolved(self, frames: list[memoryview], lent: list[int]) -> list[memoryview]:
+        for i in lent:
+            frames[i] = self._view(frames[i])
+        return frames
 
     def _take_from_block(self) -> list[Frames]:
         messages: list[Frames] = []
         while (there := self._end - self._begin) >= _COUNT.size:
             begin = self._begin
             (count,) = _COUNT.unpack_from(self._block, begin)
+            if not count:
+                if there < _COUNT.size + REFERENCE_BYTES:
+                    break
+                self._begin += _COUNT.size + REFERENCE_BYTES
+                self._on_invitation(self._block[self._begin - REFERENCE_BYTES : self._begin])
+                continue
             head = _COUNT.size + count * _SIZE.size
             self._check(count, 0)
             if there < head:
                 self._make_room(head)
                 break
-            sizes = _sizes(count).unpack_from(self._block, begin + _COUNT.size)
+            sizes: Sequence[int] = _sizes(count).unpack_from(self._block, begin + _COUNT.size)
             body = sum(sizes)
+            lent: list[int] = []
+            if body >= LENT:
+                sizes, lent = _without_marks(sizes)
+                body = sum(sizes)
             self._check(count, body)
             if there < head + body and head + body > BLOCK_BYTES:
+                self._lent = lent
                 self._begin_long(sizes, begin + head)
                 return messages
             if there < head + body:
@@ -97,7 +142,8 @@ class StreamReader:
             # One copy for all frames, since the block is used again; it is the receiver's to write to.
             body_begin = begin + head
             self._begin = body_begin + body
-            messages.append(_cut(memoryview(bytearray(self._block[body_begin : self._begin])), sizes))
+            frames = _cut(memoryview(bytearray(self._block[body_begin : self._begin])), sizes)
+            messages.append(self._resolved(frames, lent))
         self._compact()
         return messages
 
@@ -135,6 +181,11 @@ class StreamReader:
                 f"a message of {count} frames and {body} bytes arrived; the limits are {self._limits.frames} frames and "
                 f"{self._limits.message_bytes} bytes"
             )
+
+
+def _without_marks(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The sizes without marks, and which of them had one."""
+    return [size & ~LENT for size in sizes], [i for i, size in enumerate(sizes) if size & LENT]
 
 
 def _cut(body: memoryview, sizes: Sequence[int]) -> list[memoryview]:
