@@ -27,6 +27,9 @@ PATIENCE = 30.0
 TICK = 0.01
 """Seconds between two looks at what time brings."""
 
+SHARED_MEMORY = 16 << 20
+"""Bytes that a worker of kind "local" lends."""
+
 _incarnations = itertools.count(1)
 
 
@@ -68,7 +71,7 @@ class Worker:
 
 
 def _local(incarnation: int) -> Transport:
-    return SocketTransport(local=True, incarnation=incarnation)
+    return SocketTransport(local=True, incarnation=incarnation, shared_memory=SHARED_MEMORY)
 
 
 def _local_by_turns(incarnation: int) -> Transport:

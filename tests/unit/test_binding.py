@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from zmqagent.options import TransportName, ZmqRpcBackendOptions
+from zmqagent.transport import binding
 from zmqagent.transport.binding import bind
 
 
@@ -44,3 +47,17 @@ def test_the_interface_can_be_chosen() -> None:
     bound = bind(options, 1, share_host=False)
     assert bound.addresses[0].startswith("tcp://127.0.0.1:")
     bound.close()
+
+
+@pytest.mark.parametrize(
+    ("option", "available", "shared"),
+    [(None, 80 << 20, 10 << 20), (None, 1 << 40, 1 << 30), (None, None, 1 << 30), (5 << 20, 1 << 40, 5 << 20), (0, 1 << 40, 0)],
+)
+def test_shared_memory_is_what_is_asked_for_or_an_eighth_of_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, option: int | None, available: int | None, shared: int
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(binding, "available_memory", lambda: available)
+    monkeypatch.setattr(binding, "SocketTransport", lambda **arguments: made.update(arguments))
+    bind(ZmqRpcBackendOptions(shared_memory=option), 1, share_host=True)
+    assert made["shared_memory"] == shared

@@ -22,6 +22,7 @@ def test_the_defaults_are_torchs() -> None:
         assert getattr(ours, name) == getattr(torchs, name)
     assert ours.transport == "auto"
     assert ours.bind_address is None
+    assert ours.shared_memory is None
     assert ours.draw_rank is False
 
 
@@ -38,6 +39,7 @@ def test_what_is_given_is_what_is_read() -> None:
         devices=("cuda:0", CUDA1),
         transport="tcp",
         bind_address="127.0.0.1",
+        shared_memory=1 << 20,
         draw_rank=True,
     )
     assert options.num_worker_threads == 3
@@ -47,11 +49,12 @@ def test_what_is_given_is_what_is_read() -> None:
     assert options.devices == [CUDA0, CUDA1]
     assert options.transport == "tcp"
     assert options.bind_address == "127.0.0.1"
+    assert options.shared_memory == 1 << 20
     assert options.draw_rank is True
     assert repr(options) == (
         "ZmqRpcBackendOptions(num_worker_threads=3, rpc_timeout=0.1, init_method='file:///tmp/meet', "
         f"device_maps={options.device_maps!r}, devices={options.devices!r}, transport='tcp', bind_address='127.0.0.1', "
-        "draw_rank=True)"
+        "shared_memory=1048576, draw_rank=True)"
     )
 
 
@@ -77,6 +80,9 @@ def test_attributes_can_be_set_like_torchs() -> None:
         ("rpc_timeout", float("inf"), ValueError, "rpc_timeout must be finite"),
         ("rpc_timeout", timedelta(seconds=1), TypeError, "rpc_timeout must be a number of seconds, but got datetime.timedelta"),
         ("rpc_timeout", True, TypeError, "rpc_timeout must be a number of seconds"),
+        ("shared_memory", -1, ValueError, "shared_memory must not be negative, got -1"),
+        ("shared_memory", 0.5, TypeError, "shared_memory must be an int (bytes) or None, but got 0.5 (float)"),
+        ("shared_memory", True, TypeError, "shared_memory must be an int (bytes) or None"),
         ("init_method", "", ValueError, "init_method must not be empty"),
         ("init_method", None, TypeError, "init_method must be a str, but got None (NoneType)"),
         ("device_maps", [], TypeError, "device_maps must map names of workers to device maps"),

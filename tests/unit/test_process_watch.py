@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import select
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from zmqagent.transport.base import PeerDown, PeerRecord, PeerUp
-from zmqagent.transport.process_watch import POLL_INTERVAL, ProcessWatch
+from zmqagent.transport.process_watch import POLL_INTERVAL, ProcessWatch, has_ended
 from zmqagent.transport.waker import Waker
 from zmqagent.wire.types import WorkerId
 
@@ -60,6 +62,22 @@ def test_an_end_is_told_by_a_descriptor(selector: selectors.BaseSelector, child:
     assert not selector.get_map()
 
 
+def test_a_process_has_ended_once_it_runs_no_more_though_nobody_has_noticed(child: subprocess.Popen[bytes]) -> None:
+    assert not has_ended(peer(child))
+    child.send_signal(signal.SIGSTOP)
+    assert not has_ended(peer(child))
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    # A zombie has its pid until its parent asks for it.
+    assert has_ended(peer(child))
+    child.wait()
+    assert has_ended(peer(child))
+
+
+def test_a_later_process_with_the_same_pid_is_another(child: subprocess.Popen[bytes]) -> None:
+    assert has_ended(dataclasses.replace(peer(child), started=1))
+
+
 class TestWithoutPidfd:
     @pytest.fixture(autouse=True, params=["missing", "forbidden"])
     def no_pidfd(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +88,11 @@ class TestWithoutPidfd:
             monkeypatch.delattr(os, "pidfd_open")
         else:
             monkeypatch.setattr(os, "pidfd_open", forbidden)
+
+    def test_a_process_has_ended_once_it_is_gone(self, child: subprocess.Popen[bytes]) -> None:
+        assert not has_ended(peer(child))
+        end(child)
+        assert has_ended(peer(child))
 
     def test_an_end_is_found_by_looking(self, selector: selectors.BaseSelector, child: subprocess.Popen[bytes]) -> None:
         watch = ProcessWatch(selector)
