@@ -41,8 +41,8 @@ SMALL = 4096
 """Up to so many bytes a copy is cheaper than what it saves."""
 
 LENDABLE = 128 << 10
-"""From so many bytes on, memory that need not be copied again is worth being asked for. Measured: what it saves below that is less
-than the 15 microseconds that lending takes on both sides."""
+"""From so many bytes on, memory that need not be copied again is worth being asked for. Measured: below, it saves less than the
+15 microseconds that lending takes on both sides."""
 
 ALIGNMENT = 8
 """What an address must be a multiple of if its use is unknown. Large ZeroMQ frames lie 8 bytes beyond multiples of 16."""
