@@ -11,7 +11,7 @@ import torch
 from torch.futures import Future
 
 from zmqagent.exceptions import CalleeError, InvalidTypeError
-from zmqagent.rpc.user_code import on_result, resolve_script_function
+from zmqagent.rpc.user_code import on_future, on_result, resolve_script_function
 
 # What a call names.
 
@@ -38,7 +38,14 @@ def test_a_name_that_nothing_has_is_told(name: str, is_builtin: bool) -> None:
 
 def ends_of(function: Callable[[], Any], is_async: bool = False) -> list[tuple[Any, BaseException | None]]:
     ends: list[tuple[Any, BaseException | None]] = []
-    on_result(function, is_async, lambda value, error: ends.append((value, error)), nullcontext())
+
+    def done(value: Any, error: BaseException | None) -> None:
+        ends.append((value, error))
+
+    if is_async:
+        on_future(function, done, nullcontext())
+    else:
+        on_result(function, done)
     return ends
 
 
@@ -74,7 +81,7 @@ def noting(log: list[Any]) -> Iterator[None]:
 def test_what_a_future_brings_is_taken_over_on_the_streams_of_the_function() -> None:
     future: Future[int] = Future()
     log: list[Any] = []
-    on_result(lambda: future, True, lambda value, error: log.append((value, error)), noting(log))
+    on_future(lambda: future, lambda value, error: log.append((value, error)), noting(log))
     assert log == []
     future.set_result(7)
     assert log == ["in", (7, None), "out"]

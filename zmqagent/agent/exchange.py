@@ -13,7 +13,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,6 +32,7 @@ from zmqagent.exceptions import CalleeError, ProtocolError, RpcError, SendFailed
 from zmqagent.transport.base import PeerRecord, Transport
 from zmqagent.wire.commands import Failure
 from zmqagent.wire.frames import Envelope, Label, decode, read_label
+from zmqagent.wire.frozen import frozen
 from zmqagent.wire.types import Message, MessageType, WorkerId
 from zmqagent.wire.wrappers import type_inside
 
@@ -58,7 +58,7 @@ _FROM_ANYBODY = frozenset({MessageType.JOIN_REQ, MessageType.LEAVE_REQ})
 """Taken in though the sender is no member: it wants to become one, or is none any more before that was heard."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Waiting:
     """A call under way: whom to tell, and what to send if it has to be sent again."""
 

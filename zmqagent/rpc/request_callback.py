@@ -22,7 +22,7 @@ from zmqagent.rpc.profiler import RpcProfiler
 from zmqagent.rpc.recordings import Profile
 from zmqagent.rpc.scripts import check_returns_future
 from zmqagent.rpc.thread_state import clean_state
-from zmqagent.rpc.user_code import OnResult, on_result, resolve_script_function, script_ends
+from zmqagent.rpc.user_code import OnResult, on_future, on_result, resolve_script_function, script_ends
 from zmqagent.rref.context import RRefContext
 from zmqagent.rref.rref import OwnerRRef, backward_root
 from zmqagent.wire.commands import (
@@ -180,8 +180,11 @@ class RpcRequestCallback:
                 self._start(request, function, is_async, done)
 
     def _start(self, request: _Request, function: Callable[[], Any], is_async: bool, done: OnResult) -> None:
-        streams = current_streams(self._requester.devices)
-        on_result(self._profiler.recorded(function, request.profile), is_async, done, streams)
+        function = self._profiler.recorded(function, request.profile)
+        if is_async:
+            on_future(function, done, current_streams(self._requester.devices))
+        else:
+            on_result(function, done)
 
     def _load_function(self, body: Pickled) -> Callable[[], Any]:
         function, args, kwargs = pickler.loads_call(body)

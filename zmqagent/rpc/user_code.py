@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch.futures import Future
 
 from zmqagent.exceptions import CalleeError, InvalidTypeError, RemoteUserError, RpcError, ScriptError
 
-__all__ = ["OnResult", "on_result", "resolve_script_function", "script_ends"]
+__all__ = ["OnResult", "on_future", "on_result", "resolve_script_function", "script_ends"]
 
 OnResult = Callable[[Any, "BaseException | None"], None]
+
+_NO_FUTURE = "Functions decorated with @rpc.async_function must return a torch.futures.Future object"
+"""torch's text."""
 
 # What torch's C++ code says.
 _NO_AGENT_IN_SCRIPT = "Current RPC agent is not set!"
@@ -27,19 +30,25 @@ def resolve_script_function(name: str, is_builtin: bool) -> Callable[..., Any]:
         CalleeError: this process has none of that name.
     """
     if is_builtin:
-        try:
-            operator, _overloads = torch._C._jit_get_operation(name)
-        except RuntimeError as error:
-            raise CalleeError(f"{name} is no name of an operator: {error}") from error
-        if operator is None:
-            raise CalleeError(f"this worker's torch {torch.__version__} has no operator {name}")
-        return operator
+        return _operator(name)
     function = torch.jit._state._python_cu.find_function(name)
     if function is None:
         raise CalleeError(
             f"this worker has no TorchScript function {name}: the module that defines it must be imported here as well"
         )
     return function
+
+
+@lru_cache(maxsize=1024)
+def _operator(name: str) -> Callable[..., Any]:
+    # torch takes longer to find one than to run it.
+    try:
+        operator, _overloads = torch._C._jit_get_operation(name)
+    except RuntimeError as error:
+        raise CalleeError(f"{name} is no name of an operator: {error}") from error
+    if operator is None:
+        raise CalleeError(f"this worker's torch {torch.__version__} has no operator {name}")
+    return operator
 
 
 def script_ends(done: OnResult) -> OnResult:
@@ -63,23 +72,30 @@ def script_error(error: Exception) -> RpcError:
     return told
 
 
-def on_result(function: Callable[[], Any], is_async: bool, done: OnResult, streams: AbstractContextManager[None]) -> None:
-    """Runs ``function`` and hands its value, or the exception it raised, to ``done(value, error)``: at once, or, for a function
-    that returns a future (``functions.async_execution``), on the thread that completes that, within ``streams``."""
+def on_result(function: Callable[[], Any], done: OnResult) -> None:
+    """Runs ``function`` and hands its value, or the exception it raised, to ``done(value, error)``."""
     try:
-        result = function()
-        if is_async and not isinstance(result, torch._C.Future):
-            raise InvalidTypeError(
-                f"Functions decorated with @rpc.async_function must return a torch.futures.Future object, but got {type(result)}"
-            )
+        value = function()
     except BaseException as error:
         # KeyboardInterrupt and SystemExit too: a user function that raises them must not end a thread that serves others.
         done(None, error)
-        return
-    if not is_async:
-        done(result, None)
-        return
-    result.add_done_callback(partial(_take, done, streams))
+    else:
+        done(value, None)
+
+
+def on_future(function: Callable[[], Any], done: OnResult, streams: AbstractContextManager[None]) -> None:
+    """`on_result` for a function that returns a future (``functions.async_execution``) of its value: ``done`` is called on the
+    thread that completes that, within ``streams``."""
+
+    def returned(future: Any, error: BaseException | None) -> None:
+        if error is not None:
+            done(None, error)
+        elif isinstance(future, torch._C.Future):
+            future.add_done_callback(partial(_take, done, streams))
+        else:
+            done(None, InvalidTypeError(f"{_NO_FUTURE}, but got {type(future)}"))
+
+    on_result(function, returned)
 
 
 def _take(done: OnResult, streams: AbstractContextManager[None], future: Future[Any]) -> None:
