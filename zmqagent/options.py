@@ -129,8 +129,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
 
     @property
     def device_maps(self) -> dict[str, dict[torch.device, torch.device]]:
-        """By callee's name, from this worker's devices to the callee's."""
-        return self._device_maps
+        """By callee's name, from this worker's devices to the callee's. What is read is a copy, as with torch."""
+        return {to: dict(device_map) for to, device_map in self._device_maps.items()}
 
     @device_maps.setter
     def device_maps(self, value: Mapping[str, Mapping[DeviceLike, DeviceLike]]) -> None:
@@ -140,8 +140,8 @@ class ZmqRpcBackendOptions(RpcBackendOptions):
 
     @property
     def devices(self) -> list[torch.device]:
-        """This worker's accelerators; empty: those that the maps name."""
-        return self._devices
+        """This worker's accelerators; empty: those that the maps name. What is read is a copy, as with torch."""
+        return list(self._devices)
 
     @devices.setter
     def devices(self, value: Iterable[DeviceLike]) -> None:
@@ -257,10 +257,21 @@ def _device(value: Any) -> torch.device:
             device = torch.device("cuda" if accelerator is None else accelerator.type, value)
         else:
             device = torch.device(value)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise InvalidOptionError(f"{value!r} is no device: {error}") from error
+    number = _number(value)
+    if number is not None and (number < 0 or device.index != number):
+        # torch keeps the lowest byte of a number: it takes 256 for 0.
+        raise InvalidOptionError(f"{value!r} is no device: torch numbers devices from 0 to 127")
     # As tensors have it: they know one CPU, which has no number.
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _number(value: int | str | torch.device) -> int | None:
+    if isinstance(value, int):
+        return value
+    _, colon, number = str(value).partition(":")
+    return int(number) if colon else None
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -279,6 +290,7 @@ def _indexed(device: torch.device) -> torch.device:
 def _device_map(value: Any) -> dict[torch.device, torch.device]:
     if not isinstance(value, Mapping):
         raise InvalidTypeError(f"a device map must map devices to devices, but got {_described(value)}")
+    here_to_there: dict[torch.device, torch.device] = {}
     there_to_here: dict[torch.device, torch.device] = {}
     for key, target in value.items():
         here, there = _indexed(_device(key)), _indexed(_device(target))
@@ -286,8 +298,14 @@ def _device_map(value: Any) -> dict[torch.device, torch.device]:
             raise InvalidOptionError(
                 f"`device_map` only supports 1-to-1 mapping, trying to map {here} and {there_to_here[there]} to {there}"
             )
+        if here in here_to_there:
+            # By two names, such as 0 and "cuda:0".
+            raise InvalidOptionError(
+                f"`device_map` only supports 1-to-1 mapping, trying to map {here} to {there} and {here_to_there[here]}"
+            )
+        here_to_there[here] = there
         there_to_here[there] = here
-    return {here: there for there, here in there_to_here.items()}
+    return here_to_there
 
 
 def _device_list(value: Any) -> list[torch.device]:
@@ -297,7 +315,7 @@ def _device_list(value: Any) -> list[torch.device]:
     for device in devices:
         if device.type in ("cpu", "meta"):
             raise InvalidOptionError(
-                "`set_devices` expect a list of CUDA devices, or of accelerators of another type, but got device type "
-                f"{device.type}."
+                f"`set_devices` expect a list of CUDA devices, but got device type {device.type}. Accelerators of "
+                "any other type will do as well"
             )
     return [_indexed(device) for device in devices]

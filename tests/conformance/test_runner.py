@@ -182,7 +182,7 @@ def test_the_table_shows_both_backends_and_what_did_not_pass() -> None:
 
 
 def test_every_exclusion_is_one_of_torchs_tests_and_stands_once() -> None:
-    tests = {f"{suite}.{test}" for suite in suites.SUITES for test in suites.test_names(suite)}
+    tests = {f"{suite}.{test}" for suite in (*suites.SUITES, *suites.CUDA_SUITES) for test in suites.test_names(suite)}
     for backend in BACKENDS:
         assert NOT_APPLICABLE.get(backend, {}).keys() <= tests
 

@@ -92,15 +92,25 @@ def test_attributes_can_be_set_like_torchs() -> None:
         ("device_maps", {"a": {True: 1}}, TypeError, "a device is an int, a str or a torch.device, but got True (bool)"),
         ("device_maps", {"a": {0: "gpu"}}, ValueError, "'gpu' is no device: Expected one of"),
         ("device_maps", {"a": {0: -1}}, ValueError, "-1 is no device"),
+        ("device_maps", {"a": {256: 0}}, ValueError, "256 is no device: torch numbers devices from 0 to 127"),
+        ("device_maps", {"a": {0: "cuda:128"}}, ValueError, "'cuda:128' is no device: torch numbers devices from 0 to 127"),
+        ("device_maps", {"a": {1 << 64: 0}}, ValueError, f"{1 << 64} is no device: Overflow"),
         (
             "device_maps",
             {"a": {"cuda:0": 1, "cuda:2": "cuda:1"}},
             ValueError,
             "`device_map` only supports 1-to-1 mapping, trying to map cuda:2 and cuda:0 to cuda:1",
         ),
+        (
+            "device_maps",
+            {"a": {0: 1, "cuda:0": 2}},
+            ValueError,
+            "`device_map` only supports 1-to-1 mapping, trying to map cuda:0 to cuda:2 and cuda:1",
+        ),
         ("devices", 0, TypeError, "devices must be a list of devices, but got 0 (int)"),
         ("devices", "cuda:0", TypeError, "devices must be a list of devices, but got 'cuda:0' (str)"),
-        ("devices", ["cpu"], ValueError, "`set_devices` expect a list of CUDA devices"),
+        ("devices", ["cpu"], ValueError, "`set_devices` expect a list of CUDA devices, but got device type cpu."),
+        ("devices", [torch.device("cuda", 200)], ValueError, "torch numbers devices from 0 to 127"),
         ("devices", ["cuda"], ValueError, "Expected devices to have indices, got cuda: "),
         ("device_maps", {"a": {"cuda": 0}}, ValueError, "Expected devices to have indices, got cuda: "),
         ("device_maps", {"a": {"cpu": torch.device("xpu")}}, ValueError, 'Write "xpu:0" for the first'),
@@ -135,6 +145,14 @@ def test_a_device_that_is_mapped_keeps_its_target() -> None:
     with pytest.raises(InvalidOptionError, match=re.escape(text)):
         options.set_device_map("a", {"cuda:0": "cuda:0"})
     assert options.device_maps == {"a": {CUDA0: CUDA1}}
+
+
+def test_what_is_done_to_maps_and_devices_that_were_read_changes_no_options() -> None:
+    options = ZmqRpcBackendOptions(device_maps={"a": {"cuda:0": "cuda:1"}}, devices=["cuda:0"])
+    options.device_maps["b"] = {CUDA0: CUDA0}
+    options.device_maps["a"][CUDA1] = CUDA1
+    options.devices.append(CUDA0)
+    assert (options.device_maps, options.devices) == ({"a": {CUDA0: CUDA1}}, [CUDA0])
 
 
 def test_two_devices_never_go_to_one_though_given_in_two_calls() -> None:
