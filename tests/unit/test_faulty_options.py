@@ -40,8 +40,8 @@ def test_what_is_given_is_what_is_read() -> None:
     assert options.num_worker_threads == 8
     assert repr(options) == (
         "FaultyZmqRpcBackendOptions(num_worker_threads=8, rpc_timeout=60.0, init_method='env://', device_maps={}, devices=[], "
-        f"transport='auto', bind_address=None, draw_rank=False, num_fail_sends=3, messages_to_fail={FAULTS['messages_to_fail']}, "
-        f"messages_to_delay={FAULTS['messages_to_delay']})"
+        "transport='auto', bind_address=None, shared_memory=None, draw_rank=False, num_fail_sends=3, "
+        f"messages_to_fail={FAULTS['messages_to_fail']}, messages_to_delay={FAULTS['messages_to_delay']})"
     )
 
 
