@@ -75,6 +75,10 @@ def _call_with_tensors() -> None:
     agent: Any = rpc.api._get_current_rpc_agent()
     assert agent._get_device_map(rpc.get_worker_info("worker1"))[torch.device("cpu")] == torch.device("fake:3")
     assert agent._get_device_map(rpc.get_worker_info("worker0")) == {}
+    # The others know the maps as they were at the start.
+    agent._get_backend_options().set_device_map("worker1", {3: 2})
+    with pytest.raises(DeviceMapError):
+        rpc.rpc_sync("worker1", places, args=(made_on("fake:3"),))
 
 
 def test_requests_follow_the_callers_map_and_answers_its_reverse() -> None:

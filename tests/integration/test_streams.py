@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tests.support import fake_device
 from tests.support.late_accelerator import LateAccelerator
 from zmqagent.agent.accelerator import ACCELERATOR
 from zmqagent.agent.pinned import PinnedPool
+from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.tensors import pack, unpack
 
 
@@ -64,6 +66,24 @@ def _send_twice(rank: int, meeting_point: str) -> None:
 
 def test_what_is_to_be_sent_keeps_its_pinned_memory() -> None:
     run_ranks(_send_twice, 1)
+
+
+def _fail_to_send(rank: int, meeting_point: str) -> None:
+    fake_device.install()
+    late = LateAccelerator()
+    pool = PinnedPool(late)
+    made = torch.ones(3000, device="fake:0")
+    with contextlib.suppress(KeyError), CopiesOut(pool) as copies:
+        copies.start(made)
+        # Nobody has the bytes any more, and the device has not yet written them.
+        pool.lend(12000)
+        raise KeyError
+    assert late.pinned_sizes == [16384, 16384]
+    assert late.log[-1] == "thread waits for fake:0 main"
+
+
+def test_pinned_memory_of_a_message_that_fails_is_kept_until_the_device_has_written_to_it() -> None:
+    run_ranks(_fail_to_send, 1)
 
 
 def _packed(sent: list[torch.Tensor], *targets: str) -> tuple[Any, list[memoryview]]:

@@ -33,7 +33,7 @@ class DeviceRoutes:
 
     Args:
         name: of this worker.
-        maps: its own, by callee; what becomes of them later is not followed, since the others know them as they are now.
+        maps: its own, by callee. The others know them as they are now: they must not change.
         devices: its accelerators that maps may name; by default those that they do name.
         accelerator: tells which devices can be handed over.
     """
@@ -46,17 +46,15 @@ class DeviceRoutes:
         accelerator: Accelerator = ACCELERATOR,
     ) -> None:
         self._name = name
-        self._maps = {to: dict(device_map) for to, device_map in maps.items()}
-        self._are_given = bool(devices)
+        self._maps = maps
         self._accelerator = accelerator
         # In order, without doubles. It only grows, by single steps of the interpreter, so that no lock is needed.
         self._handed_over: dict[torch.device, None] = {}
-        self._add(devices or [device for device_map in self._maps.values() for device in device_map])
+        self._add([*devices, *(device for device_map in maps.values() for device in device_map)])
 
     def take_in(self, record: PeerRecord) -> None:
         """Notes which of this worker's devices a member of the group, which may be this worker, has in its maps."""
-        if not self._are_given:
-            self._add(_map_back(record.devices, self._name))
+        self._add(_map_back(record.devices, self._name))
 
     def _add(self, devices: Iterable[torch.device]) -> None:
         for device in devices:
