@@ -95,9 +95,10 @@ def _draw(
         axes.errorbar(places, medians, spread, fmt="none", ecolor=INK, elinewidth=1)
     for (key, label), style in zip(panel.floors.items(), _LINES, strict=False):
         axes.axhline(floors[key], color=INK, linewidth=1, linestyle=style, label=label)
-    if panel.floors:
-        axes.legend(frameon=False, fontsize=8)
     axes.set_xticks(range(len(keys)), [panel.bars[key] for key in keys], fontsize=9)
     axes.set_ylim(bottom=0)
+    if panel.floors:
+        axes.set_ylim(top=1.15 * axes.get_ylim()[1])
+        axes.legend(loc="upper left", ncols=len(panel.floors), frameon=False, fontsize=8)
     tidy(axes, panel.title)
     axes.grid(visible=False, axis="x")
