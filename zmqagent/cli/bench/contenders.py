@@ -39,6 +39,7 @@ def _by_name(*contenders: Contender) -> dict[str, Contender]:
 
 VARIANTS = _by_name(
     Contender("auto", "ZMQ", "ZMQ"),
+    Contender("no-shared-memory", "ZMQ, no shared memory", "ZMQ", {"shared_memory": 0}),
     Contender("local", "ZMQ local", "ZMQ", {"transport": "local"}),
     Contender("ipc", "ZMQ ipc", "ZMQ", {"transport": "ipc"}),
     Contender("tcp", "ZMQ tcp", "ZMQ", {"transport": "tcp"}),

@@ -189,17 +189,21 @@ def _live(connection: Connection, lifeline: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # No filter: torch demands that some of its warnings be shown, whatever the filters say.
     warnings.showwarning = _show_unless_torch_speaks_of_itself
-    while True:
-        try:
+    # Nobody asks any more, or waits for the answer: EOFError or OSError.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
             function, args = connection.recv()
-        except EOFError:
-            # An agent may still run, and would keep the process alive.
-            os._exit(0)
-        try:
-            answer = (function(*args), "")
-        except BaseException:
-            answer = (None, traceback.format_exc())
-        connection.send(answer)
+            connection.send(_answer(function, args))
+    # An agent may still run, and would keep the process alive.
+    os._exit(0)
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
+    """What the function returned, and the traceback of what it raised, if it did."""
+    try:
+        return function(*args), ""
+    except BaseException:
+        return None, traceback.format_exc()
 
 
 def _die_with(lifeline: Connection) -> None:
