@@ -179,12 +179,14 @@ def test_what_a_task_raises_is_logged_and_ends_no_thread(
 
 
 def test_a_failure_to_receive_is_logged_and_receiving_goes_on(wire: Wire, start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    start(2)
+    executor = start(2)
     for number in range(3):
         wire.queue.put(OSError(f"failure {number}"))
     after = threading.Event()
     wire.queue.put(after.set)
     wait(after)
+    # The other thread may still be about to say so.
+    wait_for(lambda: len(caplog.records) == 3, executor)
     assert [record.message for record in caplog.records] == ["worker worker could not receive"] * 3
     assert caplog.records[0].levelno == logging.ERROR
 

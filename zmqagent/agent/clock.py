@@ -11,7 +11,7 @@ __all__ = ["HURRIED", "UNHURRIED", "Clock"]
 UNHURRIED = 0.02
 """Seconds between two ticks: how late a deadline may be noticed. Fifty ticks a second cost 0.1 to 0.2 percent of a core."""
 
-HURRIED = 0.002
+HURRIED = 0.001
 """The same while something waits that `Clock.hurry` told of."""
 
 _LINGER = 50

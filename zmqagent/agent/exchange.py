@@ -143,6 +143,8 @@ class Exchange:
             self._calls.start(call_id, peer.name, type_inside(message).name, timeout=timeout, retry=retry, now=now)
             self._waiting[call_id] = _Waiting(on_reply, frames if retry else None, counted, message.type)
         self.activity.count_client(counted)
+        # The answer may come the way that has brought what this thread runs.
+        self._transport.let_go()
         try:
             self._send(to, frames)
         except BaseException as error:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from zmqagent.exceptions import ShutdownError
 
-__all__ = ["PATIENCE", "REPORT_EVERY", "Executor", "Task"]
+__all__ = ["HELP_AFTER", "PATIENCE", "REPORT_EVERY", "Executor", "Task"]
 
 PATIENCE = 0.005
 """Seconds a task waits for a busy thread to come free before a thread beyond the configured number is started: long enough that
@@ -27,6 +27,10 @@ short functions never cost a thread, short enough that a nested call is not felt
 
 _PAUSE_AFTER_FAILURE = 0.05
 """Seconds until receiving is tried again after it raised, so that a lasting fault cannot keep a core busy."""
+
+HELP_AFTER = 0.0005
+"""Seconds a task waits for the thread that received it before an idle one, or one of the configured number that was not needed
+yet, is woken for it: for short functions that costs more than it gains."""
 
 REPORT_EVERY = 10.0
 """Seconds between two words in the log on what a worker waits for before it ends."""
@@ -46,7 +50,7 @@ class Executor:
         wake: makes one ``receive`` that waits, or else the next one, return; called from any thread.
         size: how many tasks run at once before patience is asked for.
         name: prefix of the threads' names.
-        on_backlog: called when tasks begin to wait; `look` is to be called every now and then for as long as it tells so.
+        on_work: called when there is something to run; `look` is to be called every now and then for as long as it tells so.
     """
 
     def __init__(
@@ -55,13 +59,13 @@ class Executor:
         wake: Callable[[], None],
         size: int,
         name: str,
-        on_backlog: Callable[[], None] = lambda: None,
+        on_work: Callable[[], None] = lambda: None,
     ) -> None:
         self._receive = receive
         self._wake = wake
         self._size = size
         self._name = name
-        self._on_backlog = on_backlog
+        self._on_work = on_work
         # Protects all fields below. Held for a few instructions only, never while receiving or running a task.
         self._lock = threading.Lock()
         # Notified when the last thread has ceased to receive, after `stop`.
@@ -91,20 +95,23 @@ class Executor:
                 raise ShutdownError(f"worker {self._name} has shut down and runs nothing more")
             self._add_to_backlog((task,))
         self._wake()
-        self._on_backlog()
+        self._on_work()
 
     def look(self) -> bool:
-        """Sees to tasks that have waited for longer than `PATIENCE`; says whether there are any that wait."""
+        """Sees to tasks that have waited for long enough; says whether anything runs or waits."""
         with self._lock:
-            if not self._backlog or self._closed:
+            if self._closed or not (self._backlog or self._running):
                 return False
-            is_due = time.monotonic() >= self._waiting_since + PATIENCE
+            waited = time.monotonic() - self._waiting_since if self._backlog else 0.0
             has_help = self._idle > 1
-        if is_due:
-            if has_help:
-                self._wake()
-            else:
+            missing = min(len(self._backlog), self._size + 1 - len(self._threads))
+        if waited >= HELP_AFTER and has_help:
+            self._wake()
+        elif waited >= HELP_AFTER and missing > 0:
+            for _ in range(missing):
                 self._add_thread()
+        elif waited >= PATIENCE:
+            self._add_thread()
         return True
 
     @property
@@ -238,6 +245,8 @@ class Executor:
         """Receives until there is a task that this thread may run; None once closed."""
         while True:
             tasks = () if self._closed else self._receive_once()
+            if not (tasks or self._backlog or self._closed):
+                continue  # Answers, mostly: nothing to run.
             with self._lock:
                 if tasks:
                     self._add_to_backlog(tasks)
@@ -248,13 +257,11 @@ class Executor:
                 if self._backlog and self._idle > 1:
                     self._idle -= 1
                     task = self._take()
-                waits = len(self._backlog)
-                # This thread has to go on receiving, and a thread that is not there yet can be had without patience.
-                grows = waits and task is None and len(self._threads) <= self._size
-            if grows:
+                # Nobody but this thread would receive, and a task may run for long.
+                is_alone = self._backlog and task is None and len(self._threads) <= 2
+            if is_alone:
                 self._add_thread()
-            elif waits:
-                self._on_backlog()
+            self._on_work()
             if task is not None:
                 return task
 

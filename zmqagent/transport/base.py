@@ -126,8 +126,15 @@ class Transport(ABC):
         """The next events, in the order in which they came; none after ``timeout`` seconds (None: no limit), after `wake`, and
         once closed."""
 
+    def let_go(self) -> None:
+        """The calling thread, which may have received something, may be about to wait: others are to receive what comes
+        meanwhile. What comes the same way as the last events may wait for this, for the thread's next `receive`, or for `check`.
+        """
+        return
+
     def check(self) -> Sequence[Event]:
-        """What time alone has brought, such as a death that can be told now. To be called some 50 times a second."""
+        """What time alone has brought, such as a death that can be told now. To be called some 50 times a second, and every
+        millisecond while threads run what they received."""
         return ()
 
     def tidy(self) -> None:

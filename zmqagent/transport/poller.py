@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import selectors
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -50,6 +51,8 @@ class Poller:
         self._sources: dict[int, Source] = {}
         # The threads inside `wait`, each of which enters and leaves in a single step of the interpreter.
         self._inside: set[int] = set()
+        # By thread, the source that it handled last and has not let go, and since when; changed in single steps too.
+        self._held: dict[int, tuple[Source, float]] = {}
         self._closed = False
         self._freed = False
         self._waker = Waker()
@@ -73,8 +76,13 @@ class Poller:
 
     def wait(self, timeout: float | None) -> Sequence[Event] | None:
         """Waits until a source is ready and returns what its handler does; nothing after ``timeout`` seconds (None: no limit);
-        None after `wake`, and once closed. Any number of threads may wait at once."""
+        None after `wake`, and once closed. Any number of threads may wait at once.
+
+        The source is the calling thread's until that waits again, or `let_go`: what comes in meanwhile would only have another
+        thread compete with this one for the interpreter.
+        """
         me = threading.get_ident()
+        self._let_go(me)
         self._inside.add(me)
         try:
             if self._closed:
@@ -92,6 +100,17 @@ class Poller:
             self._inside.discard(me)
             if self._closed:
                 self._free()
+
+    def let_go(self) -> None:
+        """The calling thread may be about to wait for something: others may handle the source that it has."""
+        self._let_go(threading.get_ident())
+
+    def let_go_overdue(self, since: float) -> bool:
+        """Lets go the sources that threads have had since before ``since``; says whether there are others."""
+        for thread, (_, held_since) in list(self._held.items()):
+            if held_since <= since:
+                self._let_go(thread)
+        return bool(self._held)
 
     def wake(self) -> None:
         """Makes one `wait` that waits now, or else the next one, return None."""
@@ -111,13 +130,26 @@ class Poller:
         # Held by another only if the descriptor's number was given to a new source meanwhile; whoever holds it arms it again.
         if not source.lock.acquire(blocking=False):
             return ()
+        events: Sequence[Event] = ()
         try:
-            return source.handler()
+            events = source.handler()
         finally:
             source.lock.release()
-            with self._lock:
-                if self._sources.get(source.fd) is source and not self._freed:
-                    self._readiness.arm(source.fd, source.writing, is_new=False)
+            if events:
+                self._held[threading.get_ident()] = (source, time.monotonic())
+            else:
+                self._arm_again(source)
+        return events
+
+    def _let_go(self, thread: int) -> None:
+        held = self._held.pop(thread, None)
+        if held is not None:
+            self._arm_again(held[0])
+
+    def _arm_again(self, source: Source) -> None:
+        with self._lock:
+            if self._sources.get(source.fd) is source and not self._freed:
+                self._readiness.arm(source.fd, source.writing, is_new=False)
 
     def _is_closed(self) -> bool:
         return self._closed

@@ -36,6 +36,10 @@ from zmqagent.wire.types import WorkerId
 __all__ = ["SocketTransport"]
 
 
+_HELD_FOR = 0.0005
+"""Seconds for which a thread that runs what it received has its peer's connection for itself."""
+
+
 class SocketTransport(Transport):
     """See `Transport`. At least one of ``local``, ``ipc`` and ``tcp_host`` must be asked for, or no peer could reach this one.
 
@@ -155,8 +159,13 @@ class SocketTransport(Transport):
                 break
         return ()
 
+    def let_go(self) -> None:
+        self._poller.let_go()
+
     def check(self) -> Sequence[Event]:
-        if self._closed or self._next_check is None or time.monotonic() < self._next_check or os.getpid() != self._owner:
+        now = time.monotonic()
+        self._poller.let_go_overdue(now - _HELD_FOR)
+        if self._closed or self._next_check is None or now < self._next_check or os.getpid() != self._owner:
             return ()
         # What has arrived goes before the news that no more will come.
         arrived = self._poller.wait(0.0)
