@@ -122,8 +122,8 @@ class Poller:
         # Left readable, so that all who wait come back.
         with self._lock:
             if not self._freed:
-                self._waker.set()
                 self._readiness.arm_for_all(self._waker.fileno())
+                self._waker.set()
         self._free()
 
     def _handle(self, source: Source) -> Sequence[Event]:
@@ -176,7 +176,7 @@ class Readiness(Protocol):
         """``fd`` is waited for, from now on or again, until it is ready once."""
 
     def arm_for_all(self, fd: int) -> None:
-        """``fd``, which is armed, can be read for good: everybody who waits, now or later, is told."""
+        """``fd`` will be readable for good in a moment: everybody who waits, now or later, is told."""
 
     def disarm(self, fd: int) -> None:
         """``fd`` is not waited for any more."""
