@@ -114,6 +114,45 @@ class TestDelivery:
                 assert len(seen) == 800
 
 
+class TestAnswers:
+    """Several messages that came together may be answered together, but never late."""
+
+    def test_they_arrive_though_the_thread_that_sent_them_waits_for_something_else(self, worker: Make) -> None:
+        a, b = worker(0), worker(1)
+        introduce(a, b)
+        for number in range(40):
+            a.transport.send(b.id, [b"%d" % number])
+        answered = set()
+        for _ in range(40):
+            answered.add(b.message()[0])
+            b.transport.send(a.id, [b"answer"])
+        assert len(answered) == 40
+        # Not by receiving again, which would do too.
+        with ThreadPoolExecutor(1) as clock:
+            while not clock.submit(self._has_come, a, b).result(PATIENCE):
+                pass
+        for _ in range(40):
+            assert a.message() == [b"answer"]
+
+    @staticmethod
+    def _has_come(a: Worker, b: Worker) -> bool:
+        b.transport.check()
+        a.events += a.transport.receive(0.01)
+        return sum(isinstance(event, Received) for event in a.events) == 40
+
+    def test_what_another_thread_sends_does_not_wait_for_them(self, worker: Make) -> None:
+        a, b = worker(0), worker(1)
+        introduce(a, b)
+        for number in range(4):
+            a.transport.send(b.id, [b"%d" % number])
+        for _ in range(4):
+            b.message()
+        b.transport.send(a.id, [b"gathered"])
+        with ThreadPoolExecutor(1) as other:
+            other.submit(b.transport.send, a.id, [b"at once"]).result(PATIENCE)
+        assert sorted([a.message(), a.message()]) == [[b"at once"], [b"gathered"]]
+
+
 class TestReceive:
     def test_each_message_goes_to_one_of_the_threads_that_receive(self, worker: Make) -> None:
         a, b = worker(0), worker(1)

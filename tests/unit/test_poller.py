@@ -90,6 +90,39 @@ def test_a_source_is_not_kept_for_longer_than_it_may_be(poller: Poller, line: Li
     assert elsewhere(poller, DEADLINE_S) == [Received((b"b",))]
 
 
+class Burst(Line):
+    """Whose bytes arrive two at a time, as an event each."""
+
+    def read(self) -> Sequence[Event]:
+        return [Received((bytes([byte]),)) for byte in self.near.recv(2)]
+
+
+@pytest.mark.parametrize("way", ["wait", "let_go", "let_go_overdue"])
+def test_what_is_left_for_the_end_of_several_events_is_done_however_that_comes(poller: Poller, way: str) -> None:
+    line = Burst()
+    poller.add(line.source)
+    line.far.send(b"abc")
+    done: list[int] = []
+    assert not poller.at_end_of_several(lambda: done.append(0))
+    assert len(poller.wait(DEADLINE_S) or ()) == 2
+    end = lambda: done.append(1)  # noqa: E731 - the same object twice
+    assert poller.at_end_of_several(end)
+    assert poller.at_end_of_several(end)
+    assert done == []
+    {
+        "wait": lambda: poller.wait(DEADLINE_S),
+        "let_go": poller.let_go,
+        "let_go_overdue": lambda: poller.let_go_overdue(float("inf")),
+    }[way]()
+    assert done == [1]
+    # One event alone is answered at once.
+    if way != "wait":
+        assert len(poller.wait(DEADLINE_S) or ()) == 1
+    assert not poller.at_end_of_several(end)
+    poller.remove(line.source)
+    line.close()
+
+
 def test_the_thread_that_was_woken_does_not_keep_the_wakings_from_others(poller: Poller) -> None:
     for _ in range(3):
         poller.wake()

@@ -1,7 +1,8 @@
 """What a worker sends to one peer on the same host: a connection to that peer's Unix socket, opened at the first message.
 
 A message is written at once, by the thread that sends it, as far as the kernel takes it; the rest waits in a queue, which the
-threads that receive write out as the peer reads.
+threads that receive write out as the peer reads. What a thread sends while it handles several messages that came together is
+gathered in the queue until it has done with them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _JOIN_BYTES = 1 << 14
 _SEND_BUFFER = 1 << 20
 """Bytes that the kernel is asked to hold for a peer that is slow to read; it grants 416 KiB by default, or some 550 messages of
 any small size."""
+
+_GATHERED = 16
+"""Answers to messages that came together are written together, up to so many: each that is written alone wakes the peer."""
 
 _MAX_PARTS = 512
 """Parts handed to the kernel at a time; it takes up to 1,024 (IOV_MAX)."""
@@ -82,16 +86,17 @@ class LocalLink(Link):
             if self._ended is not None:
                 error, what = self._ended
                 raise error(f"worker {self.peer.name!r} ({self.peer.worker_id}) {what}")
-            if self._queue and self._loans is not None:
+            if self._loans is not None and (self._queue or self._poller.at_end_of_several(self._write_gathered)):
                 self._queue += _parts(views, self._loans.lend(views))
+                is_gathering = len(self._queue) < _GATHERED and self._poller.at_end_of_several(self._write_gathered)
+                if self._source is None and not is_gathering:
+                    self._write_queued()
                 return
             is_begun = self._socket is not None and self._begin(self._socket, views)
             # Never opened, or closed by the peer, which may have had its reasons and live on.
             if not is_begun and not self._begin(self._open(), views):
                 raise self._unreachable(ConnectionResetError())
-            if self._queue and self._socket is not None:
-                self._source = Source(self._socket.fileno(), self._flush, writing=True)
-                self._poller.add(self._source)
+            self._await_peer()
 
     def end(self, error: type[RpcError], what: str, *, keep: bool = False) -> None:
         with self._lock:
@@ -104,9 +109,18 @@ class LocalLink(Link):
         with self._lock:
             self._stop_writing()
             while self._queue and self._socket is not None and (left := deadline - time.monotonic()) > 0:
-                select.select((), (self._socket,), (), left)
+                until_read = select.poll()
+                until_read.register(self._socket, select.POLLOUT)
+                until_read.poll(left * 1000)
                 self._write_queued()
+                self._stop_writing()
             self._drop()
+
+    def _write_gathered(self) -> None:
+        """Called when the thread that has gathered answers here is done."""
+        with self._lock:
+            if self._queue and self._source is None and self._socket is not None:
+                self._write_queued()
 
     def _flush(self) -> Sequence[Event]:
         """Called when the kernel takes more."""
@@ -129,6 +143,13 @@ class LocalLink(Link):
             # The peer has closed its end. Whether it has gone is found out elsewhere; if not, the next message opens a new one.
             _logger.debug("the connection to worker %s broke: %s", self.peer.name, error)
             self._drop()
+        self._await_peer()
+
+    def _await_peer(self) -> None:
+        """Has what is left in the queue written once the peer has read."""
+        if self._queue and self._socket is not None and self._source is None:
+            self._source = Source(self._socket.fileno(), self._flush, writing=True)
+            self._poller.add(self._source)
 
     def _begin(self, connection: socket.socket, views: Sequence[memoryview]) -> bool:
         """Writes a message as far as the kernel takes it, and queues the rest; False if the peer has closed the connection."""

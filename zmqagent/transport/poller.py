@@ -39,6 +39,19 @@ class Source:
         self.lock = threading.Lock()
 
 
+class _Held:
+    """A source that a thread has handled and not let go, since when, and what is to be called then. ``has_several``: it brought
+    more than one event at once."""
+
+    __slots__ = ("ends", "has_several", "since", "source")
+
+    def __init__(self, source: Source, since: float, has_several: bool) -> None:
+        self.source = source
+        self.since = since
+        self.has_several = has_several
+        self.ends: dict[Callable[[], object], None] = {}
+
+
 class Poller:
     """The sources of one transport, and the threads that wait for them.
 
@@ -51,8 +64,8 @@ class Poller:
         self._sources: dict[int, Source] = {}
         # The threads inside `wait`, each of which enters and leaves in a single step of the interpreter.
         self._inside: set[int] = set()
-        # By thread, the source that it handled last and has not let go, and since when; changed in single steps too.
-        self._held: dict[int, tuple[Source, float]] = {}
+        # By thread, the source that it handled last and has not let go; changed in single steps too.
+        self._held: dict[int, _Held] = {}
         self._closed = False
         self._freed = False
         self._waker = Waker()
@@ -107,10 +120,20 @@ class Poller:
 
     def let_go_overdue(self, since: float) -> bool:
         """Lets go the sources that threads have had since before ``since``; says whether there are others."""
-        for thread, (_, held_since) in list(self._held.items()):
-            if held_since <= since:
+        for thread, held in list(self._held.items()):
+            if held.since <= since:
                 self._let_go(thread)
         return bool(self._held)
+
+    def at_end_of_several(self, end: Callable[[], object]) -> bool:
+        """Whether the calling thread handles several events that came at once. If so, ``end`` is called once that has done with
+        them, or its source is let go in another way."""
+        held = self._held.get(threading.get_ident())
+        if held is None or not held.has_several:
+            return False
+        held.ends[end] = None
+        # Whoever let it go meanwhile may have overlooked this one.
+        return self._held.get(threading.get_ident()) is held
 
     def wake(self) -> None:
         """Makes one `wait` that waits now, or else the next one, return None."""
@@ -136,7 +159,7 @@ class Poller:
         finally:
             source.lock.release()
             if events:
-                self._held[threading.get_ident()] = (source, time.monotonic())
+                self._held[threading.get_ident()] = _Held(source, time.monotonic(), len(events) > 1)
             else:
                 self._arm_again(source)
         return events
@@ -144,7 +167,9 @@ class Poller:
     def _let_go(self, thread: int) -> None:
         held = self._held.pop(thread, None)
         if held is not None:
-            self._arm_again(held[0])
+            for end in list(held.ends):
+                end()
+            self._arm_again(held.source)
 
     def _arm_again(self, source: Source) -> None:
         with self._lock:
