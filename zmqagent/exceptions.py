@@ -23,7 +23,7 @@
         ├── ShutdownError                    22  this agent shut down while the call was under way
         ├── ProtocolError                    23  bytes that are no message of this protocol
         ├── CalleeError (AttributeError)     24  the callee could not run the call (no such function, ...)
-        │   └── UnreadableCallError          29  it could not even unpickle the call, RRefs in it included
+        │   └── UnreadableCallError          29  it could not even read the call, RRefs in it included
         ├── RemoteUserError                  25  a user function's exception that cannot be rebuilt here
         ├── RRefCreationError                26  the remote() that was to create an RRef failed
         ├── RemoteBackwardError              27  a backward pass failed on some worker
@@ -188,7 +188,7 @@ class CalleeError(RemoteError, AttributeError):
 
 
 class UnreadableCallError(CalleeError):
-    """The callee could not unpickle the call, so that it holds nothing of what the call brought."""
+    """The callee could not read the call, its pickle or its tensors, so that it holds nothing of what the call brought."""
 
     code = 29
 

@@ -110,7 +110,14 @@ class Worker:
         # Before the first request is served: what it runs may make calls of its own, or be a part of torch's shutdown.
         torch_bindings.activate(self.replacements())
         api._init_rpc_states(self.agent)
-        self.agent.start(self._callback, self._on_worker_lost, give_back, self._keep_house, self._on_worker_joined)
+        self.agent.start(
+            self._callback,
+            self._on_worker_lost,
+            give_back,
+            self._keep_house,
+            self._on_worker_joined,
+            self._callback.on_unreadable,
+        )
 
     def _abandon(self) -> None:
         """Undoes whatever `_begin` did."""

@@ -18,6 +18,7 @@ from tests.integration.harness import DEADLINE_S, on_group
 from tests.support.damage import all_damages, label_of
 from tests.support.wire_samples import REQUESTS
 from zmqagent.agent.codec import Codec
+from zmqagent.wire.commands import RRefUserDelete, RRefUserDeletes, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 SEED = 20_240_301
@@ -107,9 +108,13 @@ def _damage_everything() -> tuple[Any, ...]:
                 answers += frames[0].startswith(label_of(good)) and kind is not MessageType.GOODBYE
     before, late = there(state), metric("agent.late_replies")
     send(address, messages)
-    # Nobody here made these calls, so their answers are late ones.
     wait_for(lambda: there(metric, "agent.refused_messages"), len(messages))
-    wait_for(lambda: metric("agent.late_replies"), late + answers)
+    # Remote calls that were damaged in their tensors only have made their RRefs, with an error.
+    calls = [parse(REQUESTS[kind]) for kind in (MessageType.PYTHON_REMOTE_CALL, MessageType.SCRIPT_REMOTE_CALL)]
+    deletes = RRefUserDeletes(tuple(RRefUserDelete(call.rref_id, call.fork_id) for call in calls))
+    send(address, [encode(deletes.to_message(), number + 1)])
+    # Nobody here made these calls, so their answers are late ones.
+    wait_for(lambda: metric("agent.late_replies"), late + answers + 1)
     return len(messages), there(metric, "agent.refused_messages"), before, there(state), len(there(lines))
 
 

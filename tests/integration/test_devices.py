@@ -17,7 +17,7 @@ import zmqagent
 from tests.integration.harness import run_ranks, worker
 from tests.integration.test_dynamic_groups import Stage, join
 from tests.support import fake_device
-from zmqagent.exceptions import DeviceMapError, InvalidOptionError
+from zmqagent.exceptions import DeviceMapError, InvalidOptionError, UnreadableCallError
 
 Maps = dict[str, dict[Any, Any]]
 
@@ -278,6 +278,33 @@ def _differentiate_without_a_way_back() -> None:
 
 def test_what_moves_within_a_worker_needs_no_map() -> None:
     lead(_differentiate_without_a_way_back, [{}, {}])
+
+
+def _let_no_copy_through(source: Tensor, destination: Tensor) -> None:
+    raise RuntimeError("the fake accelerator is out of memory")
+
+
+def have_no_memory() -> None:
+    fake_device.on_copy(_let_no_copy_through)
+
+
+def _ask_what_has_no_memory() -> None:
+    rpc.rpc_sync("worker1", have_no_memory)
+    text = "a tensor cannot be built from what arrived: the fake accelerator is out of memory"
+    with pytest.raises(UnreadableCallError, match=text):
+        rpc.rpc_sync("worker1", places, args=(made_on("fake:0"),))
+    with pytest.raises(UnreadableCallError, match=text):
+        rpc.remote("worker1", places, args=(made_on("fake:0"),)).to_here(timeout=0)
+    with dist_autograd.context(), pytest.raises(UnreadableCallError, match=text):
+        rpc.remote("worker1", torch.add, args=(made_on("fake:0"), 1)).to_here(timeout=0)
+    rref = rpc.remote("worker1", places, args=(made_on("fake:0"),))
+    with pytest.raises(UnreadableCallError, match=text):
+        rpc.rpc_sync("worker1", to_here_of, args=(rref,))
+    assert rpc.rpc_sync("worker1", places, args=(made_on("cpu"),)) == ["cpu"]
+
+
+def test_an_rref_whose_call_found_no_memory_on_the_device_has_that_error() -> None:
+    lead(_ask_what_has_no_memory, [{"worker1": {0: 0}}, {}])
 
 
 def _start_with(rank: int, meeting_point: str, maps: Sequence[Maps], devices: Sequence[list[Any]]) -> str:

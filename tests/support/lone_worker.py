@@ -77,7 +77,10 @@ class LoneWorker:
         self._numbers = 0
 
     def __enter__(self) -> LoneWorker:
-        self.agent.start(self.worker._callback, self.worker._on_worker_lost, give_back, self.worker._keep_house)
+        callback = self.worker._callback
+        self.agent.start(
+            callback, self.worker._on_worker_lost, give_back, self.worker._keep_house, on_unreadable=callback.on_unreadable
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

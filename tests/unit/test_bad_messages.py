@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -30,12 +30,14 @@ from zmqagent.rpc import pickler
 from zmqagent.rpc.failures import new_future
 from zmqagent.rpc.results import complete
 from zmqagent.wire import types
-from zmqagent.wire.commands import Failure, Return, RRefFetch, RRefUserDelete, parse
+from zmqagent.wire.commands import Failure, ForwardAutograd, Return, RRefFetch, RRefUserDelete, RunWithProfiling, parse
 from zmqagent.wire.frames import Label, decode, read_label
-from zmqagent.wire.types import ForkId, Message, MessageType, RRefId
+from zmqagent.wire.types import AutogradMetadata, ForkId, Message, MessageType, RRefId
 
 SEED = 20_240_229
 GOODBYE = MessageType.GOODBYE
+CALLS = (MessageType.PYTHON_CALL, MessageType.SCRIPT_CALL, MessageType.FORWARD_AUTOGRAD_REQ)
+REMOTE_CALLS = (MessageType.PYTHON_REMOTE_CALL, MessageType.SCRIPT_REMOTE_CALL)
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +115,24 @@ def test_who_sent_a_damaged_request_is_told_if_it_can_be_seen_who_that_is(alice:
         alice.deliver(frames)
         if frames and frames[0].startswith(label_of(encode(message, number))) and kind is not GOODBYE:
             assert_refusal(alice.answer_to(number), damage)
+    if kind in REMOTE_CALLS:
+        # Some damages were in the tensors only, and their RRef was made with an error.
+        delete_rref(alice, message)
     assert_good_call_is_answered(alice)
     assert alice.refused() == refused + len(damages)
+
+
+def delete_rref(alice: LoneWorker, call: Message) -> None:
+    command = parse(call)
+    number = alice.draw()
+    alice.deliver(encode(RRefUserDelete(command.rref_id, command.fork_id).to_message(), number))
+    assert alice.answer_to(number).type is MessageType.RREF_ACK
 
 
 def assert_refusal(answer: Message, damage: object) -> None:
     failure = parse(answer)
     assert isinstance(failure, Failure), (damage, failure)
-    assert failure.code == ProtocolError.code, (damage, failure)
+    assert failure.code in (ProtocolError.code, UnreadableCallError.code), (damage, failure)
     assert failure.text.startswith("On WorkerInfo(id=0, name=alice): "), damage
     assert 50 < len(failure.text) < 1000, (damage, failure)
 
@@ -135,9 +147,6 @@ def test_what_is_no_call_is_refused_within_a_wrapper_too(alice: LoneWorker, wrap
 
 
 # Pickles are looked at last, and by whoever needs the object.
-
-CALLS = (MessageType.PYTHON_CALL, MessageType.SCRIPT_CALL, MessageType.FORWARD_AUTOGRAD_REQ)
-REMOTE_CALLS = (MessageType.PYTHON_REMOTE_CALL, MessageType.SCRIPT_REMOTE_CALL)
 
 
 def bad_pickles(message: Message) -> Iterator[Message]:
@@ -207,6 +216,85 @@ def test_a_bad_pickle_in_a_remote_call_is_the_error_of_its_rref(alice: LoneWorke
             answer = parse(alice.answer_to(number))
             failure = answer if asked.type is MessageType.PYTHON_RREF_FETCH_CALL else failure
         assert isinstance(failure, Failure), (bad, failure)
+
+
+# Tensors are built before the pickle is read, and whoever waits for what a call was to make learns that they could not be.
+
+
+def without_its_tensors(message: Message, number: int) -> list[bytes]:
+    """The frames of ``message``, whose tensors' descriptions are missing."""
+    header, *body = encode(message, number)
+    content = list(msgpack.unpackb(header))
+    content[-1] = []
+    return [msgpack.packb(content), *body]
+
+
+# Calls that bring tensors, by the remote call that differs from them in its RRef.
+WITH_TENSORS = {
+    MessageType.PYTHON_REMOTE_CALL: MessageType.PYTHON_CALL,
+    MessageType.SCRIPT_REMOTE_CALL: MessageType.SCRIPT_CALL,
+}
+
+
+def in_context(call: Message) -> Message:
+    return ForwardAutograd(AutogradMetadata(CONTEXT, 7), call).to_message()
+
+
+def profiled(call: Message) -> Message:
+    return RunWithProfiling(0, call).to_message()
+
+
+WRAPS: tuple[Callable[[Message], Message], ...] = (
+    lambda call: call,
+    in_context,
+    profiled,
+    lambda call: profiled(in_context(call)),
+)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("kind", REMOTE_CALLS, ids=lambda kind: kind.name)
+def test_tensors_of_a_remote_call_that_cannot_be_built_are_the_error_of_its_rref(
+    alice: LoneWorker, kind: MessageType, wrap: Callable[[Message], Message]
+) -> None:
+    refused = alice.refused()
+    rref_id, fork_id = RRefId(BOB.worker_id, 5000 + alice.draw()), ForkId(BOB.worker_id, 5001)
+    body = REQUESTS[WITH_TENSORS[kind]]
+    call = replace(body, type=kind, fields=(*body.fields, *rref_id, *fork_id))
+    fetches = [alice.draw() for _ in range(2)]
+    # One fetch waits for the call, and one comes behind it.
+    alice.deliver(encode(RRefFetch(rref_id).to_message(), fetches[0]))
+    assert_good_call_is_answered(alice)
+    number = alice.draw()
+    alice.deliver(without_its_tensors(wrap(call), number))
+    alice.deliver(encode(RRefFetch(rref_id).to_message(), fetches[1]))
+    answers = [parse(Codec.message(alice.sent())) for _ in range(3)]
+    for answer in answers:
+        assert isinstance(answer, Failure)
+        assert answer.code == UnreadableCallError.code, answer
+        assert "bytes arrived that belong to no tensor" in answer.text
+    assert alice.refused() == refused + 1
+    delete_rref(alice, call)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_tensors_of_a_call_that_cannot_be_built_make_it_an_unreadable_one(
+    alice: LoneWorker, wrap: Callable[[Message], Message]
+) -> None:
+    number = alice.draw()
+    alice.deliver(without_its_tensors(wrap(REQUESTS[MessageType.PYTHON_CALL]), number))
+    failure = parse(alice.answer_to(number))
+    assert isinstance(failure, Failure)
+    assert failure.code == UnreadableCallError.code
+
+
+def test_gradients_that_cannot_be_built_are_no_call(alice: LoneWorker) -> None:
+    number = alice.draw()
+    alice.deliver(without_its_tensors(REQUESTS[MessageType.BACKWARD_AUTOGRAD_REQ], number))
+    failure = parse(alice.answer_to(number))
+    assert isinstance(failure, Failure)
+    assert failure.code == ProtocolError.code
+    assert "bytes arrived that belong to no tensor" in failure.text
 
 
 # Answers. Alice has asked, and Bob answers.

@@ -24,7 +24,15 @@ from torch.distributed.rpc import WorkerInfo
 
 from zmqagent.agent.admission import Admission, Departures
 from zmqagent.agent.barriers import Barriers
-from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, OnUnusedAnswer, RequestCallback, Respond, check_timeout
+from zmqagent.agent.base import (
+    UNSET_TIMEOUT,
+    OnReply,
+    OnUnreadableRequest,
+    OnUnusedAnswer,
+    RequestCallback,
+    Respond,
+    check_timeout,
+)
 from zmqagent.agent.clock import Clock
 from zmqagent.agent.detour import Detour
 from zmqagent.agent.device_routes import DeviceRoutes
@@ -144,17 +152,18 @@ class ZmqRpcAgent:
         on_unused: OnUnusedAnswer,
         keep_house: Task = lambda: None,
         on_worker_joined: OnWorkerJoined = lambda worker_id: None,
+        on_unreadable: OnUnreadableRequest = lambda request, error: error,
     ) -> None:
-        """Begins to serve. ``callback`` gets the requests of peers, ``on_unused`` the answers that nobody takes. On a thread of
-        the agent ``on_worker_lost`` is told of each peer that has gone, once its calls have failed, and ``keep_house`` is called
-        about once a second. ``on_worker_joined`` is told there of each worker that joins a dynamic group from now on, before that
-        worker knows that it has joined."""
+        """Begins to serve. ``callback`` gets the requests of peers, ``on_unreadable`` those whose tensors cannot be rebuilt, and
+        ``on_unused`` the answers that nobody takes. On a thread of the agent ``on_worker_lost`` is told of each peer that has
+        gone, once its calls have failed, and ``keep_house`` is called about once a second. ``on_worker_joined`` is told there of
+        each worker that joins a dynamic group from now on, before that worker knows that it has joined."""
         self._callback = callback
         self._on_worker_lost = on_worker_lost
         self._on_unused = on_unused
         self._keep_house = keep_house
         self._on_worker_joined = on_worker_joined
-        self._exchange.start(self._executor)
+        self._exchange.start(self._executor, on_unreadable)
         self._executor.start()
         self._clock.start()
         self._interrupts = InterruptWatch(self._exchange.interrupt)

@@ -22,6 +22,7 @@ __all__ = [
     "NO_TIMEOUT",
     "UNSET_TIMEOUT",
     "OnReply",
+    "OnUnreadableRequest",
     "OnUnusedAnswer",
     "Reply",
     "ReplyTaker",
@@ -106,6 +107,10 @@ Respond = Callable[[Message], bool]
 
 OnUnusedAnswer = Callable[[Message], None]
 """Told of an answer that nobody takes: its call has ended already, or its tensors, which are left out, cannot be rebuilt here."""
+
+
+OnUnreadableRequest = Callable[[Message, RpcError], RpcError]
+"""Told of a request whose tensors, which are left out, cannot be rebuilt here, and why. Returns what whoever asked is told."""
 
 
 class Requester(Protocol):

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from zmqagent.agent.activity import Activity, weight
-from zmqagent.agent.base import OnReply, OnUnusedAnswer, Reply, ReplyTaker, RequestCallback, UnreadAnswer
+from zmqagent.agent.base import OnReply, OnUnreadableRequest, OnUnusedAnswer, Reply, ReplyTaker, RequestCallback, UnreadAnswer
 from zmqagent.agent.buffers import Allocate, from_heap
 from zmqagent.agent.calls import CallId, Calls, Complete, Instruction
 from zmqagent.agent.codec import Codec
@@ -95,6 +95,7 @@ class Exchange:
         self._serve = serve
         self._on_unused = on_unused
         self._answer_target = answer_target
+        self._on_unreadable: OnUnreadableRequest = lambda request, error: error
         self._codec = Codec(me.worker_id, me.incarnation)
         self._executor: Executor | None = None
         self.gil = GilProfiler()
@@ -111,9 +112,11 @@ class Exchange:
         self.refusals = Refusals(me.name)
         self.activity = Activity()
 
-    def start(self, executor: Executor) -> None:
-        """From now on tasks that do not come from receiving are given to ``executor``."""
+    def start(self, executor: Executor, on_unreadable: OnUnreadableRequest = lambda request, error: error) -> None:
+        """From now on tasks that do not come from receiving are given to ``executor``, and requests whose tensors cannot be
+        rebuilt to ``on_unreadable``."""
         self._executor = executor
+        self._on_unreadable = on_unreadable
 
     # Requests of this worker.
 
@@ -318,7 +321,7 @@ class Exchange:
             return self._waiting.pop(call_id) if self._calls.answered(call_id) else None
 
     def _leave_unused(self, envelope: Envelope) -> None:
-        self._on_unused(Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers))
+        self._on_unused(_without_tensors(envelope))
 
     def _read(self, waiting: _Waiting, envelope: Envelope) -> Reply:
         try:
@@ -347,7 +350,7 @@ class Exchange:
             self.gil.sample()
         answer = Answer(envelope, self._answer, self.activity)
         try:
-            self._serve(envelope.source, self._codec.message(envelope), answer)
+            self._serve(envelope.source, self._read_request(envelope), answer)
         except RpcError as error:
             if isinstance(error, (ProtocolError, UnreadableCallError)):
                 self.refusals.note(f"refused a {envelope.type.name} of worker {envelope.source}: {error}")
@@ -357,6 +360,14 @@ class Exchange:
             _logger.exception("worker %s failed to serve a %s", self._me.name, envelope.type.name)
             answer.fail(self.failure(CalleeError(f"worker {self._me.name} failed to serve a {envelope.type.name}: {error!r}")))
         answer.defer()
+
+    def _read_request(self, envelope: Envelope) -> Message:
+        try:
+            return self._codec.message(envelope)
+        except Exception as error:
+            # Out of memory, for example. Others may wait already for what the request was to bring about.
+            reason = error if isinstance(error, RpcError) else ProtocolError(f"the request could not be read: {error!r}")
+            raise self._on_unreadable(_without_tensors(envelope), reason) from error
 
     def _answer(self, request: Envelope | Label, message: Message) -> bool:
         """Sends the answer to ``request``; False if it cannot be encoded, and a `Failure` went in its place."""
@@ -389,3 +400,7 @@ class Exchange:
             "agent.duplicate_requests": self._served.duplicates,
             "agent.refused_messages": self.refusals.total,
         }
+
+
+def _without_tensors(envelope: Envelope) -> Message:
+    return Message(envelope.type, envelope.fields, envelope.payload, envelope.buffers)

@@ -115,6 +115,19 @@ class RpcRequestCallback:
         with self._contexts.activate(context), clean_state():
             handler(_Request(source, respond, context, profile), command)
 
+    def on_unreadable(self, message: Message, error: RpcError) -> RpcError:
+        """See `zmqagent.agent.base.OnUnreadableRequest`: a call whose tensors are not there is as good as one whose pickle cannot
+        be read, so that its RRef has the error for a value."""
+        command = parse(message)
+        while isinstance(command, RunWithProfiling | ForwardAutograd):
+            command = parse(command.inner)
+        if not isinstance(command, _Call):
+            return error
+        unreadable = UnreadableCallError(str(error))
+        if isinstance(command, PythonRemoteCall | ScriptRemoteCall):
+            self._owner(command).set_error(unreadable)
+        return unreadable
+
     def _handler(self, command: Command) -> Callable[[_Request, Any], None]:
         handler = self._handlers.get(type(command))
         if handler is None:
