@@ -347,6 +347,72 @@ def test_maps_that_do_not_fit_are_refused_with_torchs_text_on_every_worker(
         assert text in told
 
 
+def _start_without_the_type(rank: int, meeting_point: str) -> str:
+    """Only worker0 has fake devices, and says that worker1 has one."""
+    if rank == 0:
+        fake_device.install(2)
+    maps: Maps = {"worker1": {0: "fake:1"}} if rank == 0 else {}
+    with pytest.raises(InvalidOptionError) as caught, worker(rank, 3, meeting_point, device_maps=maps):
+        pass
+    return str(caught.value)
+
+
+def test_a_map_to_a_type_of_device_that_the_callee_does_not_know_is_refused_on_every_worker() -> None:
+    told = run_ranks(_start_without_the_type, 3)
+    assert "Node worker0 has target devices with invalid indices in its device map for worker1" in told[0]
+    assert "device count = 0" in told[0]
+    assert told == [told[0]] * 3
+
+
+def _lead_those_without_the_type(rank: int, meeting_point: str) -> None:
+    if rank == 0:
+        fake_device.install(2)
+    with worker(rank, 2, meeting_point, device_maps={"worker1": {0: "cpu"}} if rank == 0 else {}):
+        if rank == 0:
+            weight = made_on("fake:0").requires_grad_()
+            there, back = rpc.rpc_sync("worker1", places_and_back, args=(weight,))
+            assert (there, places(*back)) == (["cpu"], ["fake:0"])
+            with dist_autograd.context() as context:
+                dist_autograd.backward(context, [rpc.rpc_sync("worker1", torch.mul, args=(weight, 3)).sum()])
+                gradient = dist_autograd.get_gradients(context)[weight]
+                assert (places(gradient), gradient.tolist()) == (["fake:0"], [3] * 3)
+
+
+def test_a_worker_serves_callers_whose_type_of_device_it_does_not_know() -> None:
+    run_ranks(_lead_those_without_the_type, 2)
+
+
+def _join_without_the_type(rank: int, meeting_point: str) -> None:
+    stage = Stage(meeting_point)
+    if rank == 0:
+        fake_device.install(2)
+        join(0, meeting_point, device_maps={"worker1": {0: "cpu"}, "worker2": {0: 1}})
+        stage.reach("founded")
+        stage.wait("joined", "refused")
+        assert places(rpc.rpc_sync("worker1", torch.add, args=(made_on("fake:0"), 1))) == ["fake:0"]
+        stage.reach("called")
+    elif rank == 1:
+        stage.wait("founded")
+        join(1, meeting_point)
+        stage.reach("joined")
+        stage.wait("called")
+    else:
+        stage.wait("joined")
+        with pytest.raises(InvalidOptionError, match="Node worker0 has target devices with invalid indices"):
+            join(2, meeting_point)
+        fake_device.install(2)
+        # Of the members, worker1 has no such device, and does not know the type.
+        with pytest.raises(InvalidOptionError, match="Node worker3 has target devices with invalid indices"):
+            join(3, meeting_point, device_maps={"worker1": {0: 0}})
+        stage.reach("refused")
+        return
+    rpc.shutdown()
+
+
+def test_a_worker_that_joins_is_checked_also_by_those_who_do_not_know_its_type_of_device() -> None:
+    run_ranks(_join_without_the_type, 3)
+
+
 def _join_with_a_map(rank: int, meeting_point: str) -> None:
     fake_device.install(2)
     stage = Stage(meeting_point)

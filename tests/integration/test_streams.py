@@ -24,8 +24,8 @@ def device_of(number: int) -> torch.device:
     return torch.device("fake", number)
 
 
-def _to_cpu(device: torch.device) -> torch.device:
-    return torch.device("cpu")
+def _to_cpu(device: torch.device) -> str:
+    return "cpu"
 
 
 def _send(rank: int, meeting_point: str) -> None:
@@ -90,7 +90,7 @@ def _packed(sent: list[torch.Tensor], *targets: str) -> tuple[Any, list[memoryvi
     """A message whose tensors are for ``targets``."""
     # Each tensor comes from a device of its own, so that a map can say where it goes.
     here = [device_of(number) for number in range(len(sent))]
-    device_map = dict(zip(here, map(torch.device, targets), strict=True))
+    device_map = dict(zip(here, targets, strict=True))
     moved = [tensor.to(device) for tensor, device in zip(sent, here, strict=True)]
     descriptions, buffers = pack(moved, device_map.__getitem__)
     return descriptions, views(buffers)
@@ -163,7 +163,7 @@ def _receive_sparse(rank: int, meeting_point: str) -> None:
         return build(indices.cpu(), values.cpu(), *args, **kwargs)
 
     torch.sparse_coo_tensor = build_on_cpu
-    descriptions, buffers = pack([sent], lambda device: device_of(0))
+    descriptions, buffers = pack([sent], lambda device: str(device_of(0)))
     (arrived,) = unpack(descriptions, views(buffers), PinnedPool(late))
     assert torch.equal(arrived.to_dense(), torch.eye(3))
     assert seen[-3:] == ["thread waits for fake:0 main", "fake:0", "fake:0"]

@@ -17,7 +17,7 @@ GPU = [torch.device("cuda", index) for index in range(4)]
 
 
 def peer(name: str, maps: Mapping[str, Mapping[torch.device, torch.device]]) -> PeerRecord:
-    return PeerRecord(name, WorkerId(1), 10, "host", 1, (), devices=WorkerDevices(4, maps, [], "cuda").to_text())
+    return PeerRecord(name, WorkerId(1), 10, "host", 1, (), devices=WorkerDevices.of(4, maps, [], "cuda").to_text())
 
 
 MAPS: DeviceMaps = {"b": {GPU[2]: GPU[0], CPU: GPU[1]}, "c": {GPU[2]: CPU}}

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from zmqagent.agent.devices import WorkerDevices, cpu_only, reverse_map, target_device, validate
+from zmqagent.agent.devices import DeviceName, WorkerDevices, cpu_only, reverse_map, target_device, validate
 from zmqagent.exceptions import DeviceMapError, InvalidOptionError, ProtocolError
 
 CPU = torch.device("cpu")
@@ -16,14 +16,14 @@ GPU = [torch.device("cuda", index) for index in range(4)]
 
 
 def test_cpu_tensors_stay_on_the_cpu_without_a_map() -> None:
-    assert cpu_only(CPU) == CPU
-    assert target_device({GPU[0]: GPU[1]}, "b", "Request", CPU) == CPU
+    assert cpu_only(CPU) == "cpu"
+    assert target_device({GPU[0]: GPU[1]}, "b", "Request", CPU) == "cpu"
 
 
 def test_a_map_names_the_target_of_every_device() -> None:
     target = partial(target_device, {GPU[0]: GPU[1], CPU: GPU[2]}, "b", "Request")
-    assert target(GPU[0]) == GPU[1]
-    assert target(CPU) == GPU[2]
+    assert target(GPU[0]) == "cuda:1"
+    assert target(CPU) == "cuda:2"
 
 
 def test_a_device_without_a_map_is_refused_with_torchs_text() -> None:
@@ -35,9 +35,9 @@ def test_a_device_without_a_map_is_refused_with_torchs_text() -> None:
 
 
 GOOD = {
-    "a": WorkerDevices(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[0]}, "a": {CPU: CPU}}, []),
-    "b": WorkerDevices(2, {"a": {GPU[1]: CPU}}, [GPU[0], GPU[1]]),
-    "c": WorkerDevices(0, {}, []),
+    "a": WorkerDevices.of(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[0]}, "a": {CPU: CPU}}, []),
+    "b": WorkerDevices.of(2, {"a": {GPU[1]: CPU}}, [GPU[0], GPU[1]]),
+    "c": WorkerDevices.of(0, {}, []),
 }
 
 
@@ -45,28 +45,31 @@ def test_maps_that_fit_are_accepted() -> None:
     validate(GOOD)
     validate({})
     # A list of accelerators says nothing of the CPU, which every worker has.
-    validate({"a": WorkerDevices(2, {"b": {CPU: GPU[0]}}, [GPU[0]]), "b": WorkerDevices(2, {"a": {GPU[0]: CPU}}, [GPU[0]])})
+    validate({"a": WorkerDevices.of(2, {"b": {CPU: GPU[0]}}, [GPU[0]]), "b": WorkerDevices.of(2, {"a": {GPU[0]: CPU}}, [GPU[0]])})
 
 
 @pytest.mark.parametrize(
     ("faulty", "text"),
     [
-        (WorkerDevices(2, {}, [GPU[0], GPU[0]]), "Node a has duplicated devices\ndevices = [device("),
-        (WorkerDevices(2, {}, [GPU[2]]), "Node a has devices with invalid indices\ndevices = "),
-        (WorkerDevices(2, {}, [torch.device("cuda")]), "Node a has devices with invalid indices"),
-        (WorkerDevices(2, {}, [GPU[0]], "xpu"), "Node a has devices with invalid indices"),
-        (WorkerDevices(2, {"z": {}}, []), "Node a has invalid target node names in its device maps\ndevice maps = ['z']"),
+        (WorkerDevices.of(2, {}, [GPU[0], GPU[0]]), "Node a has duplicated devices\ndevices = [device("),
+        (WorkerDevices.of(2, {}, [GPU[2]]), "Node a has devices with invalid indices\ndevices = "),
+        (WorkerDevices.of(2, {}, [torch.device("cuda")]), "Node a has devices with invalid indices"),
+        (WorkerDevices.of(2, {}, [GPU[0]], "xpu"), "Node a has devices with invalid indices"),
+        (WorkerDevices.of(2, {"z": {}}, []), "Node a has invalid target node names in its device maps\ndevice maps = ['z']"),
         (
-            WorkerDevices(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[1]}}, []),
+            WorkerDevices.of(2, {"b": {GPU[0]: GPU[1], GPU[1]: GPU[1]}}, []),
             "Node a has duplicated target devices in its device map for b",
         ),
-        (WorkerDevices(2, {"b": {GPU[1]: GPU[0]}}, [GPU[0]]), "Node a has unexpected source devices in its device map for b"),
+        (WorkerDevices.of(2, {"b": {GPU[1]: GPU[0]}}, [GPU[0]]), "Node a has unexpected source devices in its device map for b"),
         (
-            WorkerDevices(2, {"b": {GPU[3]: GPU[0]}}, []),
+            WorkerDevices.of(2, {"b": {GPU[3]: GPU[0]}}, []),
             "Node a has source devices with invalid indices in its device map for b\ndevice map = ",
         ),
-        (WorkerDevices(2, {"b": {GPU[0]: GPU[2]}}, []), "Node a has unexpected target devices in its device map for b"),
-        (WorkerDevices(2, {"c": {GPU[0]: GPU[0]}}, []), "Node a has target devices with invalid indices in its device map for c"),
+        (WorkerDevices.of(2, {"b": {GPU[0]: GPU[2]}}, []), "Node a has unexpected target devices in its device map for b"),
+        (
+            WorkerDevices.of(2, {"c": {GPU[0]: GPU[0]}}, []),
+            "Node a has target devices with invalid indices in its device map for c",
+        ),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused_with_torchs_text(faulty: WorkerDevices, text: str) -> None:
@@ -77,28 +80,28 @@ def test_a_map_that_does_not_fit_is_refused_with_torchs_text(faulty: WorkerDevic
 
 def test_accelerators_of_any_type_are_accepted() -> None:
     xpu = torch.device("xpu:0")
-    validate({"a": WorkerDevices(1, {"a": {xpu: xpu}}, [], "xpu")})
+    validate({"a": WorkerDevices.of(1, {"a": {xpu: xpu}}, [], "xpu")})
 
 
 def test_a_map_may_lead_from_one_type_of_accelerator_to_another() -> None:
     xpu = torch.device("xpu:0")
-    workers = {"a": WorkerDevices(1, {"b": {xpu: GPU[0]}}, [], "xpu"), "b": WorkerDevices(1, {}, [], "cuda")}
+    workers = {"a": WorkerDevices.of(1, {"b": {xpu: GPU[0]}}, [], "xpu"), "b": WorkerDevices.of(1, {}, [], "cuda")}
     validate(workers)
-    assert reverse_map(workers["a"], "b") == {GPU[0]: xpu}
+    assert reverse_map(workers["a"], "b") == {GPU[0]: DeviceName("xpu", 0)}
     with pytest.raises(InvalidOptionError, match="target devices with invalid indices"):
-        validate(workers | {"b": WorkerDevices(1, {}, [], "xpu")})
+        validate(workers | {"b": WorkerDevices.of(1, {}, [], "xpu")})
 
 
 def test_a_map_in_a_dynamic_group_may_name_a_worker_that_is_yet_to_come() -> None:
-    workers = {"a": WorkerDevices(1, {"later": {GPU[0]: GPU[3]}}, [])}
+    workers = {"a": WorkerDevices.of(1, {"later": {GPU[0]: GPU[3]}}, [])}
     validate(workers, is_static_group=False)
     with pytest.raises(InvalidOptionError, match="invalid target node names"):
         validate(workers)
 
 
 def test_answers_go_back_the_way_the_requests_came() -> None:
-    assert reverse_map(GOOD["a"], "b") == {GPU[1]: GPU[0], GPU[0]: GPU[1]}
-    assert reverse_map(GOOD["b"], "a") == {CPU: GPU[1]}
+    assert reverse_map(GOOD["a"], "b") == {GPU[1]: DeviceName("cuda", 0), GPU[0]: DeviceName("cuda", 1)}
+    assert reverse_map(GOOD["b"], "a") == {CPU: DeviceName("cuda", 1)}
     assert reverse_map(GOOD["c"], "a") == {}
 
 
@@ -108,17 +111,42 @@ def test_what_a_worker_tells_of_its_devices_arrives_as_it_was(worker: WorkerDevi
 
 
 def test_a_worker_without_devices_tells_nothing() -> None:
-    assert WorkerDevices(0, {}, []).to_text() == ""
+    assert WorkerDevices.of(0, {}, []).to_text() == ""
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[1]", "7", '[1, {"b": 2}, [], ""]', '[1, {}, [3.5], ""]', '["many", {}, [], ""]', "[" * 9999]
+    "text",
+    [
+        "{",
+        "[1]",
+        "7",
+        '[1, {"b": 2}, [], ""]',
+        '[1, {}, [3.5], ""]',
+        '["many", {}, [], ""]',
+        "[" * 9999,
+        '[1, {}, ["cuda:x"], ""]',
+        '[1, {}, [""], ""]',
+    ],
 )
 def test_words_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ProtocolError, match="a worker tells of"):
         WorkerDevices.from_text(text)
 
 
-def test_a_type_of_device_that_this_process_does_not_know_is_named() -> None:
-    with pytest.raises(ProtocolError, match="device 'quantum:0', which torch does not know in this process: import"):
-        WorkerDevices.from_text('[1, {"b": {"quantum:0": "cpu"}}, [], "quantum"]')
+QUANTUM = WorkerDevices.from_text('[2, {"b": {"quantum:0": "cpu"}}, ["quantum:0", "quantum:1"], "quantum"]')
+
+
+def test_a_worker_may_have_devices_that_torch_does_not_know_in_this_process() -> None:
+    validate({"a": QUANTUM, "b": WorkerDevices.of(2, {}, [], "cuda")})
+    assert WorkerDevices.from_text(QUANTUM.to_text()) == QUANTUM
+    assert target_device(reverse_map(QUANTUM, "b"), "a", "Response", CPU) == "quantum:0"
+
+
+def test_maps_to_devices_that_torch_does_not_know_in_this_process_are_checked_as_all_are() -> None:
+    text = (
+        "Node a has target devices with invalid indices in its device map for b\n"
+        "device map = {device(type='quantum', index=0): device(type='quantum', index=1)}\ndevice count = 0"
+    )
+    faulty = WorkerDevices.from_text('[2, {"b": {"quantum:0": "quantum:1"}}, [], "quantum"]')
+    with pytest.raises(InvalidOptionError, match=re.escape(text)):
+        validate({"a": faulty, "b": WorkerDevices.of(0, {}, [])})

@@ -6,7 +6,7 @@ reverse of the peer's map for this worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -18,14 +18,14 @@ from zmqagent.transport.base import PeerRecord
 
 __all__ = ["DeviceRoutes", "devices_of_this_worker"]
 
-_NO_MAP: DeviceMap = {}
+_NO_MAP: Mapping[torch.device, torch.device] = {}
 
 
 def devices_of_this_worker(options: ZmqRpcBackendOptions) -> WorkerDevices:
     """What a worker with these ``options`` tells the others of its devices."""
     accelerator = torch.accelerator.current_accelerator()
     kind = "" if accelerator is None else accelerator.type
-    return WorkerDevices(torch.accelerator.device_count(), options.device_maps, options.devices, kind)
+    return WorkerDevices.of(torch.accelerator.device_count(), options.device_maps, options.devices, kind)
 
 
 class DeviceRoutes:
@@ -66,7 +66,7 @@ class DeviceRoutes:
         given, or that the maps of the group name."""
         return tuple(self._handed_over)
 
-    def map_to(self, name: str) -> DeviceMap:
+    def map_to(self, name: str) -> Mapping[torch.device, torch.device]:
         """From this worker's devices to those of worker ``name``, for what this one asks it."""
         return self._maps.get(name, _NO_MAP)
 
@@ -76,7 +76,7 @@ class DeviceRoutes:
 
     def of_request(self, callee: PeerRecord, device_map: DeviceMap | None) -> Target:
         """Where a tensor of a request goes; ``device_map`` is to be followed in place of `map_to`, if given."""
-        chosen = self.map_to(callee.name) if device_map is None else device_map
+        chosen: DeviceMap = self.map_to(callee.name) if device_map is None else device_map
         return partial(target_device, chosen, callee.name, "Request")
 
     def of_answer(self, caller: PeerRecord) -> Target:

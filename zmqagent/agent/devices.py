@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,7 @@ from zmqagent.exceptions import DeviceMapError, InvalidOptionError, ProtocolErro
 __all__ = [
     "DeviceMap",
     "DeviceMaps",
+    "DeviceName",
     "Target",
     "WorkerDevices",
     "cpu_only",
@@ -25,25 +27,64 @@ __all__ = [
     "validate",
 ]
 
-DeviceMap = Mapping[torch.device, torch.device]
-"""From the caller's devices to the callee's."""
 
-DeviceMaps = Mapping[str, DeviceMap]
-"""A caller's device maps by the callee's name."""
+@dataclass(frozen=True, slots=True, repr=False)
+class DeviceName:
+    """A device by its type and number. Unlike a `torch.device` it may be of a type that torch does not know in this process, as
+    those of other workers may be that come with a package of their own."""
 
-Target = Callable[[torch.device], torch.device]
-"""Names, for the device of a tensor that is to travel, the one it is to arrive on."""
+    type: str
+    index: int | None = None
 
-_CPU = torch.device("cpu")
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
+
+    def __repr__(self) -> str:
+        # As torch's texts show devices.
+        return f"device(type={self.type!r})" if self.index is None else f"device(type={self.type!r}, index={self.index})"
+
+    @classmethod
+    def of(cls, device: torch.device) -> DeviceName:
+        """The name of ``device``."""
+        return cls(device.type, device.index)
+
+    @classmethod
+    def from_text(cls, text: str) -> DeviceName:
+        """What `str` was called on. Raises ValueError if that was no device."""
+        kind, colon, number = text.partition(":")
+        if not kind:
+            raise ValueError(f"{text!r:.100} is no device")
+        return cls(kind, int(number) if colon else None)
+
+
+DeviceMap = Mapping[torch.device, torch.device | DeviceName]
+"""From devices of this worker to those of another."""
+
+DeviceMaps = Mapping[str, Mapping[torch.device, torch.device]]
+"""A worker's own device maps, from its devices to the callee's, by the callee's name."""
+
+Target = Callable[[torch.device], str]
+"""Names, for the device of a tensor that is to travel, the one it is to arrive on: as text, since it is another worker's."""
+
+_CPU = DeviceName("cpu")
 
 
 class WorkerDevices(NamedTuple):
     """What a worker tells the others of its devices: how many accelerators it has, and of which type ("" if none)."""
 
     accelerator_count: int
-    maps: DeviceMaps
-    devices: Sequence[torch.device]
+    maps: Mapping[str, Mapping[DeviceName, DeviceName]]
+    devices: Sequence[DeviceName]
     accelerator_type: str = ""
+
+    @classmethod
+    def of(
+        cls, accelerator_count: int, maps: DeviceMaps, devices: Sequence[torch.device], accelerator_type: str = ""
+    ) -> WorkerDevices:
+        """Of this worker, with devices as torch knows them here."""
+        name = DeviceName.of
+        names = {to: {name(here): name(there) for here, there in map_.items()} for to, map_ in maps.items()}
+        return cls(accelerator_count, names, list(map(name, devices)), accelerator_type)
 
     def to_text(self) -> str:
         """The form in which workers tell each other; empty if there is nothing to tell."""
@@ -57,31 +98,22 @@ class WorkerDevices(NamedTuple):
         """What `to_text` was called on.
 
         Raises:
-            ProtocolError: something else wrote the text, or it names a type of device that this process does not know.
+            ProtocolError: something else wrote the text.
         """
         if not text:
             return cls(0, {}, [])
         try:
             count, maps, devices, kind = json.loads(text)
-            parsed = {str(to): {_parsed(here): _parsed(there) for here, there in map_.items()} for to, map_ in maps.items()}
-            return cls(int(count), parsed, [_parsed(device) for device in devices], str(kind))
+            name = DeviceName.from_text
+            names = {str(to): {name(here): name(there) for here, there in map_.items()} for to, map_ in maps.items()}
+            return cls(int(count), names, list(map(name, devices)), str(kind))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(
                 f"a worker tells of its devices in a form that this version of zmqagent does not know: {error}"
             ) from error
 
 
-def _parsed(name: Any) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ProtocolError(
-            f"a worker tells of device {name!r:.100}, which torch does not know in this process: import the package that adds "
-            "this type of device on all workers whose device maps name it"
-        ) from error
-
-
-def cpu_only(device: torch.device) -> torch.device:
+def cpu_only(device: torch.device) -> str:
     """`target_device` without any map.
 
     Raises:
@@ -90,17 +122,17 @@ def cpu_only(device: torch.device) -> torch.device:
     return target_device({}, "the callee", "Request", device)
 
 
-def target_device(device_map: DeviceMap, destination: str, direction: str, device: torch.device) -> torch.device:
-    """The device that a tensor on ``device`` goes to; ``direction`` is "Request" or "Response".
+def target_device(device_map: DeviceMap, destination: str, direction: str, device: torch.device) -> str:
+    """The name of the device that a tensor on ``device`` goes to; ``direction`` is "Request" or "Response".
 
     Raises:
         DeviceMapError: no map names the device; tensors on the CPU stay there without one.
     """
     target = device_map.get(device)
     if target is not None:
-        return target
+        return str(target)
     if device.type == "cpu":
-        return _CPU
+        return "cpu"
     raise DeviceMapError(
         f"tensors travel from CPU to CPU unless a device map says otherwise: {direction} device mapping is not available for "
         f"destination {destination}, but found tensor on device: {device}. Move the tensor to the CPU first, or name its device "
@@ -138,7 +170,7 @@ def _validate_devices(name: str, worker: WorkerDevices) -> None:
 
 
 def _validate_map(
-    name: str, worker: WorkerDevices, target_name: str, target: WorkerDevices | None, device_map: DeviceMap
+    name: str, worker: WorkerDevices, target_name: str, target: WorkerDevices | None, device_map: Mapping[DeviceName, DeviceName]
 ) -> None:
     told = f"in its device map for {target_name}\ndevice map = {dict(device_map)}"
     if len(set(device_map.values())) != len(device_map):
@@ -156,7 +188,7 @@ def _validate_map(
             )
 
 
-def _exist(devices: Sequence[torch.device], worker: WorkerDevices) -> bool:
+def _exist(devices: Sequence[DeviceName], worker: WorkerDevices) -> bool:
     return all(
         device.type == "cpu"
         or (
@@ -168,6 +200,6 @@ def _exist(devices: Sequence[torch.device], worker: WorkerDevices) -> bool:
     )
 
 
-def reverse_map(caller: WorkerDevices, name: str) -> dict[torch.device, torch.device]:
-    """How the answers of worker ``name`` go back to ``caller``, from its devices to the caller's; empty if that has no map."""
-    return {there: here for here, there in caller.maps.get(name, {}).items()}
+def reverse_map(caller: WorkerDevices, name: str) -> DeviceMap:
+    """How the answers of this worker, ``name``, go back to ``caller``; empty if that has no map for it."""
+    return {torch.device(str(there)): here for here, there in caller.maps.get(name, {}).items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zmqagent.agent.buffers import CPU, SMALL, Allocate, freeze_bytes, freeze_elements
+from zmqagent.agent.buffers import SMALL, Allocate, freeze_bytes, freeze_elements
 from zmqagent.agent.devices import Target
 from zmqagent.agent.streams import CopiesOut
 from zmqagent.agent.strides import View, contiguous, pieces
@@ -109,7 +109,7 @@ class Outgoing:
         except NotImplementedError as error:
             raise NotPicklableError(f"a tensor without memory of its own cannot be sent: {error}") from error
         view = View(tensor.itemsize, tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()))
-        part = _Part(name, flags, "" if target == CPU else str(target), view, storage)
+        part = _Part(name, flags, "" if target == "cpu" else target, view, storage)
         if tensor.numel():
             if view.end > storage.nbytes():
                 raise NotPicklableError(

@@ -27,7 +27,7 @@ def pack_plain(
     tensors: Sequence[torch.Tensor], target: Target, allocate: Allocate
 ) -> tuple[tuple[Description, ...], list[bytes | memoryview]] | None:
     """See `zmqagent.agent.tensors.pack`; None if not all of ``tensors`` are plain."""
-    if not all(map(_is_plain, tensors)) or _share_memory(tensors) or target(CPU) != CPU:
+    if not all(map(_is_plain, tensors)) or _share_memory(tensors) or target(CPU) != "cpu":
         return None
     descriptions: list[Description] = []
     buffers: list[bytes | memoryview] = []
