@@ -18,6 +18,7 @@ from zmqagent.agent.detour import Detour
 from zmqagent.agent.device_routes import devices_of_this_worker
 from zmqagent.agent.rendezvous import Rendezvous
 from zmqagent.agent.roster import check_static
+from zmqagent.autograd.cleanup import GatheredCleanups
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import AlreadyInitializedError, InvalidTypeError, RpcError, ShutdownError
@@ -50,7 +51,7 @@ class Worker:
 
     def __init__(self, agent: ZmqRpcAgent, first_local_id: int = 0) -> None:
         self.agent = agent
-        self._contexts = DistAutogradContainer(agent, first_local_id)
+        self._contexts = DistAutogradContainer(agent, first_local_id, GatheredCleanups(agent))
         self._engine = DistEngine(self._contexts, agent)
         messenger = Messenger(agent, self._contexts)
         self._profiler = RpcProfiler(agent)

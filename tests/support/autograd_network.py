@@ -19,7 +19,7 @@ from zmqagent.agent.base import UNSET_TIMEOUT, OnReply, Reply
 from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import RpcError, ShutdownError, UnknownWorkerError, WorkerLostError, error_class
-from zmqagent.wire.commands import AbortBackward, Ack, BackwardAutograd, CleanupContext, Failure, ForwardAutograd, parse
+from zmqagent.wire.commands import AbortBackward, Ack, BackwardAutograd, CleanupContexts, Failure, ForwardAutograd, parse
 from zmqagent.wire.types import Message, MessageType, WorkerId
 
 __all__ = ["Call", "Network", "Worker"]
@@ -204,8 +204,9 @@ class Worker:
             self.engine.on_backward(source, command, respond)
         elif isinstance(command, AbortBackward):
             self.engine.on_abort(command, respond)
-        elif isinstance(command, CleanupContext):
-            self.container.on_cleanup(command.context_id)
+        elif isinstance(command, CleanupContexts):
+            for context_id in command.context_ids:
+                self.container.on_cleanup(context_id, source)
             respond(Ack(MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP).to_message())
         else:
             raise AssertionError(f"no test sends a {command}")

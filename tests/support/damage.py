@@ -122,7 +122,7 @@ def _other_contents(message: Message) -> Iterator[Damage]:
         yield changed(f"field {place} missing", fields=(*fields[:place], *fields[place + 1 :]))
         # What is wrong inside a wrapped answer is found by whoever unwraps it.
         if type(field) is tuple and message.type.is_request:
-            yield changed(f"field {place} grown", fields=(*fields[:place], (*field, 1), *fields[place + 1 :]))
+            yield changed(f"field {place} grown", fields=(*fields[:place], (*field, None), *fields[place + 1 :]))
         for value in _JUNK:
             if type(value) is type(field) and not (type(value) is int and not 0 <= value < 1 << 63):
                 continue

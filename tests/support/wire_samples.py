@@ -60,7 +60,7 @@ _REQUESTS: list[c.Command] = [
     c.AbortBackward(CONTEXT, PASS, "reason"),
     # In a context that Alice has opened herself, the first.
     c.RRefBackward(RREF, ALICE << 48, False),
-    c.CleanupContext(CONTEXT),
+    c.CleanupContexts((CONTEXT,)),
     c.RRefUserDeletes((c.RRefUserDelete(RREF, FORK),) * 2),
     c.Barrier("tag", 3),
     c.Join("carol", 2, 30, "elsewhere", 1, ("tcp://127.0.0.1:1",), 0, 1, ""),

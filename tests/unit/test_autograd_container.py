@@ -184,7 +184,7 @@ def test_a_released_lease_tells_nobody_again_when_it_is_dropped() -> None:
 def test_a_message_that_comes_after_the_cleanup_does_not_bring_the_context_back() -> None:
     with Network(3, 0) as network:
         container = network.workers[1].container
-        container.on_cleanup(77)
+        container.on_cleanup(77, WorkerId(0))
         late = container.get_or_create_context(77)
         assert container.get_or_create_context(77) is not late
         with pytest.raises(AutogradContextError, match="Could not find"):
@@ -221,7 +221,7 @@ def test_contexts_of_a_dead_opener_go_and_those_of_its_next_life_are_new() -> No
         container = network.workers[1].container
         for context_id in (0, 1, 5 << 48):
             container.get_or_create_context(context_id)
-        container.on_cleanup(1)
+        container.on_cleanup(1, WorkerId(0))
         container.release_opened_by(WorkerId(0), ShutdownError("worker 0 has left"))
         assert [context.context_id for context in container.contexts()] == [5 << 48]
         again = container.get_or_create_context(1)
@@ -241,13 +241,29 @@ def test_released_ids_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPat
     with Network(2, 0) as network:
         container = network.workers[1].container
         for context_id in range(10):
-            container.on_cleanup(context_id)
+            container.on_cleanup(context_id, WorkerId(0))
         assert list(container._released) == [7, 8, 9]
 
 
 def test_ids_begin_after_those_of_a_former_life() -> None:
     with Network(2, 0) as network:
-        container = DistAutogradContainer(network.workers[1].container._requester, first_local_id=7 << 32)
+        container = DistAutogradContainer(network.workers[1], first_local_id=7 << 32)
         lease = container.new_context()
         assert lease._context_id() == (1 << 48) + (7 << 32)
         assert lease.context.attach_outgoing(WorkerId(0), []).message_id == (1 << 48) + (7 << 32)
+
+
+def test_a_cleanup_goes_to_nobody_who_knows_and_a_worker_never_tells_itself() -> None:
+    cleanups: list[tuple[WorkerId, WorkerId]] = []
+
+    def watch(call: Call) -> None:
+        if call.message.type is MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ:
+            cleanups.append((call.source, call.to))
+
+    with Network(3, 0, watch) as network:
+        lease = spread(network)
+        lease.context.attach_outgoing(WorkerId(0), ())
+        network.workers[0].container.release_context(lease._context_id())
+        network.settle()
+        assert contexts_of(network) == ["0", "0", "0"]
+        assert cleanups == [(0, 1), (1, 2)]

@@ -36,7 +36,7 @@ COMMANDS: list[c.Command] = [
     c.ProfiledReturn(b"records", c.Return(BODY).to_message()),
     c.BackwardAutograd(CONTEXT, 7, True, ("gradient",)),
     c.AbortBackward(1 << 48, 7, "über"),
-    c.CleanupContext(1 << 48),
+    c.CleanupContexts((1 << 48, 2)),
     c.RRefBackward(RREF, 9, False),
     c.Ack(),
     c.Ack(MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP),

@@ -10,7 +10,7 @@ import torch
 from zmqagent.exceptions import InvalidOptionError
 from zmqagent.testing import faults
 from zmqagent.testing.faults import Fail, Faults, Send
-from zmqagent.wire.commands import CleanupContext, Pickled, PythonCall, RRefFetch, RRefForkRequest, RRefUserDelete
+from zmqagent.wire.commands import CleanupContexts, Pickled, PythonCall, RRefFetch, RRefForkRequest, RRefUserDelete
 from zmqagent.wire.types import ForkId, Message, RRefId, WorkerId
 
 ONE, TWO = WorkerId(1), WorkerId(2)
@@ -67,7 +67,7 @@ def test_a_message_is_late_once_it_does_not_fail_any_more() -> None:
     judge = Faults(1, ["PYTHON_CALL"], {"PYTHON_CALL": 1.5})
     assert isinstance(judge.judge(ONE, CALL), Fail)
     assert judge.judge(ONE, CALL) == Send(1.5)
-    assert judge.judge(ONE, CleanupContext(1).to_message()) == Send(0.0)
+    assert judge.judge(ONE, CleanupContexts((1,)).to_message()) == Send(0.0)
 
 
 @pytest.mark.parametrize("name", ["SCRIPT_RREF_FETCH_CALL", "PYTHON_RREF_FETCH_CALL"])

@@ -14,7 +14,7 @@ from zmqagent.agent.codec import Codec
 from zmqagent.exceptions import SendFailedError, WorkerLostError
 from zmqagent.testing import FaultyZmqRpcBackendOptions
 from zmqagent.testing.injector import FaultInjector
-from zmqagent.wire.commands import CleanupContext, ForwardAutograd, Goodbye, Pickled, PythonCall, RRefFetch
+from zmqagent.wire.commands import CleanupContexts, ForwardAutograd, Goodbye, Pickled, PythonCall, RRefFetch
 from zmqagent.wire.types import AutogradMetadata, Message, RRefId, WorkerId
 
 TO = WorkerId(1)
@@ -53,7 +53,7 @@ def test_what_no_fault_concerns_passes_at_once(senders: list[Sender]) -> None:
     senders.append(
         sender := Sender(num_fail_sends=9, messages_to_fail=["PYTHON_CALL"], messages_to_delay={"SCRIPT_CALL": LONG_S})
     )
-    for message in (FETCH, CleanupContext(3).to_message(), Goodbye(1, "done").to_message()):
+    for message in (FETCH, CleanupContexts((3,)).to_message(), Goodbye(1, "done").to_message()):
         frames = sender.send(message)
         assert sender.delivered.get_nowait() == (frames, threading.current_thread())
 

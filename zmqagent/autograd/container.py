@@ -7,26 +7,24 @@ user's ``with`` block holds. On all others a table holds the lease, until the cl
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Set
 from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import torch
 
-from zmqagent.agent.base import Reply, Requester
+from zmqagent.agent.base import Requester
+from zmqagent.autograd.cleanup import CleanupMessages
 from zmqagent.autograd.context import DistAutogradContext
 from zmqagent.autograd.functions import CONTEXT_GONE, SendRpcBackward
 from zmqagent.exceptions import AutogradContextError, RpcError
-from zmqagent.wire.commands import CleanupContext
 from zmqagent.wire.types import WorkerId
 
 __all__ = ["ContextLease", "DistAutogradContainer", "PassObserver"]
-
-_logger = logging.getLogger(__name__)
 
 _COUNTER_BITS = 48
 _REMEMBERED_RELEASES = 4096
@@ -131,11 +129,13 @@ class DistAutogradContainer:
     Args:
         requester: sends the clean-up messages.
         first_local_id: where the ids of contexts and messages begin: after those that a former life of this worker drew.
+        cleanups: how other workers are told that contexts have ended: by default of each at once.
     """
 
-    def __init__(self, requester: Requester, first_local_id: int = 0) -> None:
-        self._requester = requester
-        self._first_id = requester.worker_id << _COUNTER_BITS
+    def __init__(self, requester: Requester, first_local_id: int = 0, cleanups: CleanupMessages | None = None) -> None:
+        self._me = requester.worker_id
+        self._cleanups = CleanupMessages(requester) if cleanups is None else cleanups
+        self._first_id = self._me << _COUNTER_BITS
         self._context_ids = itertools.count(self._first_id + first_local_id)
         self._message_ids = itertools.count(self._first_id + first_local_id)
         self._current = _CurrentContext()
@@ -234,7 +234,7 @@ class DistAutogradContainer:
             if context is not None:
                 return context
             context = DistAutogradContext(context_id, self._draw_message_id)
-            if context_id not in self._released and context_id >> _COUNTER_BITS != self._requester.worker_id:
+            if context_id not in self._released and context_id >> _COUNTER_BITS != self._me:
                 lease = self._leases[context_id] = ContextLease(context_id, context)
                 self._contexts[lease] = context
                 return context
@@ -253,10 +253,10 @@ class DistAutogradContainer:
         if not self._release(context_id, AutogradContextError(CONTEXT_GONE)):
             raise AutogradContextError(_not_found(context_id))
 
-    def on_cleanup(self, context_id: int) -> None:
-        """Serves a clean-up message: erases the context if it is here and passes the message on."""
+    def on_cleanup(self, context_id: int, source: WorkerId) -> None:
+        """Serves a clean-up message from ``source``: erases the context if it is here and passes the message on."""
         self.collect()
-        if not self._release(context_id, AutogradContextError(CONTEXT_GONE)):
+        if not self._release(context_id, AutogradContextError(CONTEXT_GONE), know={source}):
             with self._lock:
                 self._remember_release(context_id)
 
@@ -265,7 +265,7 @@ class DistAutogradContainer:
         with self._lock:
             orphans = [context_id for context_id in self._leases if context_id >> _COUNTER_BITS == worker_id]
         for context_id in orphans:
-            self._release(context_id, error, tell_others=False)
+            self._release(context_id, error, know=None)
         with self._lock:
             # A worker that comes back under this id counts from the start again.
             for context_id in [released for released in self._released if released >> _COUNTER_BITS == worker_id]:
@@ -276,7 +276,8 @@ class DistAutogradContainer:
         with self._lock:
             context_ids = [context.context_id for context in self._contexts.values()]
         for context_id in context_ids:
-            self._release(context_id, error, tell_others=False)
+            self._release(context_id, error, know=None)
+        self._cleanups.close()
 
     def collect(self) -> None:
         """Sends the clean-up messages for contexts whose lease was dropped without a release; call it now and then."""
@@ -289,7 +290,8 @@ class DistAutogradContainer:
                 self._remember_release(context_id)
             self._end(context_id, workers, AutogradContextError(CONTEXT_GONE))
 
-    def _release(self, context_id: int, error: RpcError, tell_others: bool = True) -> bool:
+    def _release(self, context_id: int, error: RpcError, know: Set[WorkerId] | None = frozenset()) -> bool:
+        """Erases the context, if it is here, and tells the workers it has spread to but those that ``know``; None: nobody."""
         with self._lock:
             # The lease dies with the end of this method at the latest, the context with its last user.
             lease = self._leases.pop(context_id, None) or ContextLease(context_id)
@@ -300,7 +302,7 @@ class DistAutogradContainer:
         workers = context.release()
         # Nothing is left to tell when the lease dies.
         context.known_workers.clear()
-        self._end(context_id, workers if tell_others else set(), error)
+        self._end(context_id, set() if know is None else workers - know, error)
         return True
 
     def _remember_release(self, context_id: int) -> None:
@@ -313,12 +315,7 @@ class DistAutogradContainer:
         """Ends what went on in a context that is erased, and tells ``workers``."""
         if self._observer is not None:
             self._observer.on_context_released(context_id, error)
-        for worker_id in workers:
-            try:
-                self._requester.request(worker_id, CleanupContext(context_id).to_message(), _log_failure, retry=True)
-            except RpcError as fault:
-                # The peer left or this worker shuts down: the context ends there by itself.
-                _logger.debug("no clean-up of autograd context %d sent to worker %d: %s", context_id, worker_id, fault)
+        self._cleanups.tell(workers - {self._me}, context_id)
 
     # Numbers.
 
@@ -345,8 +342,3 @@ class DistAutogradContainer:
 
 def _not_found(context_id: int) -> str:
     return f"Could not find autograd context with id: {context_id}"
-
-
-def _log_failure(reply: Reply) -> None:
-    if isinstance(reply, RpcError):
-        _logger.debug("a clean-up of an autograd context was not answered: %s", reply)

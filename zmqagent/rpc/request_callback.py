@@ -29,7 +29,7 @@ from zmqagent.wire.commands import (
     AbortBackward,
     Ack,
     BackwardAutograd,
-    CleanupContext,
+    CleanupContexts,
     Command,
     Failure,
     ForwardAutograd,
@@ -97,7 +97,7 @@ class RpcRequestCallback:
             RRefBackward: self._rref_backward,
             BackwardAutograd: self._backward_autograd,
             AbortBackward: self._abort_backward,
-            CleanupContext: self._cleanup_context,
+            CleanupContexts: self._cleanup_context,
         }
 
     def __call__(self, source: WorkerId, message: Message, respond: Respond) -> None:
@@ -322,6 +322,7 @@ class RpcRequestCallback:
     def _abort_backward(self, request: _Request, abort: AbortBackward) -> None:
         self._engine.on_abort(abort, request.respond)
 
-    def _cleanup_context(self, request: _Request, cleanup: CleanupContext) -> None:
-        self._contexts.on_cleanup(cleanup.context_id)
+    def _cleanup_context(self, request: _Request, cleanup: CleanupContexts) -> None:
+        for context_id in cleanup.context_ids:
+            self._contexts.on_cleanup(context_id, request.source)
         request.respond(Ack(MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP).to_message())

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from zmqagent.exceptions import ProtocolError
 from zmqagent.wire.fields import take_bare, take_without_pickle
 from zmqagent.wire.frozen import frozen
-from zmqagent.wire.types import AutogradMetadata, Message, MessageType
+from zmqagent.wire.types import AutogradMetadata, Message, MessageType, shown
 
-__all__ = ["AbortBackward", "BackwardAutograd", "CleanupContext"]
+__all__ = ["AbortBackward", "BackwardAutograd", "CleanupContexts"]
 
 
 @frozen
@@ -51,15 +52,19 @@ class AbortBackward:
 
 
 @frozen
-class CleanupContext:
-    """The context has been released: erase it, and pass it on."""
+class CleanupContexts:
+    """The contexts have been released: erase them, and pass it on."""
 
     type: ClassVar[MessageType] = MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ
-    context_id: int
+    context_ids: tuple[int, ...]
 
     def to_message(self) -> Message:
-        return Message(self.type, (self.context_id,))
+        return Message(self.type, (self.context_ids,))
 
     @classmethod
-    def from_message(cls, message: Message) -> CleanupContext:
-        return cls(*take_bare(message, int))
+    def from_message(cls, message: Message) -> CleanupContexts:
+        (context_ids,) = take_bare(message, tuple)
+        for context_id in context_ids:
+            if type(context_id) is not int:
+                raise ProtocolError(f"the id of an autograd context is an integer, but {shown(context_id)} arrived")
+        return cls(context_ids)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from zmqagent.exceptions import ProtocolError
-from zmqagent.wire.autograd_commands import AbortBackward, BackwardAutograd, CleanupContext
+from zmqagent.wire.autograd_commands import AbortBackward, BackwardAutograd, CleanupContexts
 from zmqagent.wire.fields import take, take_bare, take_shares, to_fork_id, to_rref_id
 from zmqagent.wire.frozen import frozen
 from zmqagent.wire.group_commands import Barrier, BarrierPassed, Goodbye, Join, Leave
@@ -27,7 +27,7 @@ __all__ = [
     "BackwardAutograd",
     "Barrier",
     "BarrierPassed",
-    "CleanupContext",
+    "CleanupContexts",
     "Command",
     "Failure",
     "ForwardAutograd",
@@ -232,7 +232,7 @@ Command = (
     | ProfiledReturn
     | BackwardAutograd
     | AbortBackward
-    | CleanupContext
+    | CleanupContexts
     | RRefBackward
     | Ack
     | Failure
@@ -263,7 +263,7 @@ _PARSERS: dict[MessageType, Callable[[Message], Command]] = {
     MessageType.BACKWARD_AUTOGRAD_RESP: Ack.from_message,
     MessageType.ABORT_BACKWARD_REQ: AbortBackward.from_message,
     MessageType.ABORT_BACKWARD_RESP: Ack.from_message,
-    MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ: CleanupContext.from_message,
+    MessageType.CLEANUP_AUTOGRAD_CONTEXT_REQ: CleanupContexts.from_message,
     MessageType.CLEANUP_AUTOGRAD_CONTEXT_RESP: Ack.from_message,
     MessageType.RREF_BACKWARD_REQ: RRefBackward.from_message,
     MessageType.RREF_BACKWARD_RESP: Ack.from_message,
