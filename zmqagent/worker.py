@@ -23,7 +23,6 @@ from zmqagent.autograd.container import DistAutogradContainer
 from zmqagent.autograd.engine import DistEngine
 from zmqagent.exceptions import AlreadyInitializedError, InvalidTypeError, RpcError, ShutdownError
 from zmqagent.options import ZmqRpcBackendOptions
-from zmqagent.rpc.call_future import CallFuture
 from zmqagent.rpc.failures import raising
 from zmqagent.rpc.futures import collect_all, wait_all
 from zmqagent.rpc.invoke import CallPickler, Invoker
@@ -231,8 +230,6 @@ class Worker:
 
 def _end_with_future(record: Any, future: Any) -> Any:
     """torch's own, which returns a future that would take a call's failure for its value."""
-    if isinstance(future, CallFuture):
-        future.expect_callbacks()
     return raising(torch_bindings.original("record_function._call_end_callbacks_on_future")(record, future))
 
 

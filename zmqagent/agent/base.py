@@ -97,8 +97,8 @@ class ReplyTaker:
         raise NotImplementedError
 
     def take_unread(self, answer: UnreadAnswer) -> bool:
-        """Whether it takes ``answer``; if not, it is called with the reply, as any `OnReply`. Runs on a thread that receives,
-        hence no user code, and does not block."""
+        """Whether it takes ``answer`` and sees to it that it is read; if not, it is called with the reply, as any `OnReply`. Runs
+        on a thread that receives, hence no user code, and does not block."""
         raise NotImplementedError
 
 

@@ -1,35 +1,32 @@
-"""The futures of calls, whose answers are read by whoever waits for them.
+"""The futures of calls, whose answers are read by the thread that waits for them, if there is one.
 
-An answer is unpickled, and its tensors are copied, by the thread that wants the value: it has to wait in any case, and the thread
-that received the answer is free for the next. Callbacks want the value at once; then a thread of the agent reads it.
+An answer is unpickled, and its tensors are copied, by the thread that wants the value: it has to be woken in any case, and the
+one that received the answer is free for the next. If nobody waits yet, a thread of the agent reads it.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.futures import Future
 
 from zmqagent.agent.base import Reply, ReplyTaker, UnreadAnswer
 from zmqagent.rpc.failures import unwrapped
-from zmqagent.rpc.results import complete, value_of
+from zmqagent.rpc.results import complete
 from zmqagent.rpc.thread_state import clean_state
 from zmqagent.wire.types import MessageType
 
 __all__ = ["CallFuture"]
 
-_S = TypeVar("_S")
-
-_NO_SHARES = ((),)
-"""The fields of a `Return` without RRefs, whose shares would have to be claimed even if nobody ever wanted the value."""
+_LEFT_TO_WHO_WAITS = frozenset({MessageType.PYTHON_RET, MessageType.EXCEPTION})
+"""Answers that are nothing but a value, or an exception in its place."""
 
 
 class CallFuture(Future[Any], ReplyTaker):
-    """The future of one call: is completed by its reply.
+    """The future of one call; its reply completes it.
 
     Args:
         devices: see `zmqagent.rpc.failures.new_future`.
@@ -39,69 +36,53 @@ class CallFuture(Future[Any], ReplyTaker):
         names: list[int | str | torch.device] = list(devices)
         super().__init__(devices=names)
         self._set_unwrap_func(unwrapped)
-        # Whether the value is wanted as soon as the future is complete: by callbacks, or by torch, which looks for its tensors.
-        self._is_eager = bool(names)
-        self._is_being_taken = False
+        # Orders who waits and who brings the reply; protects the three fields below.
+        self._lock = threading.Lock()
+        self._reader: threading.Lock | None = None  # held until there is something for the first thread that waits
+        self._unread: UnreadAnswer | None = None
+        self._has_come = False
 
     def wait(self) -> Any:
-        """See `torch.futures.Future`."""
-        value = super().wait()
-        return value.get() if type(value) is _Unread else value
+        """See `torch.futures.Future`. Unlike there, ^C ends it at once."""
+        if not self.done():
+            self._wait_as_reader()
+        return super().wait()
 
-    def value(self) -> Any:
-        """See `torch.futures.Future`."""
-        value = super().value()
-        return value.get() if type(value) is _Unread else value
-
-    def then(self, callback: Callable[[Future[Any]], _S]) -> Future[_S]:
-        """See `torch.futures.Future`."""
-        self.expect_callbacks()
-        return super().then(callback)
-
-    def add_done_callback(self, callback: Callable[[Future[Any]], None]) -> None:
-        """See `torch.futures.Future`."""
-        self.expect_callbacks()
-        super().add_done_callback(callback)
-
-    def expect_callbacks(self) -> None:
-        """To be called before a callback is added: it must not run on the thread that receives the answer."""
-        self._is_eager = True
-        # Of this flag and that each side sets its own before it looks at the other's: one of them sees both.
-        while self._is_being_taken and not self.done():
-            time.sleep(0)  # The other side is between two lines.
+    def _wait_as_reader(self) -> None:
+        """Waits in Python, unless another thread does already, and completes the future with what comes."""
+        reader = threading.Lock()
+        reader.acquire()
+        try:
+            with self._lock:
+                if self._reader is not None or self._has_come:
+                    return
+                self._reader = reader
+            reader.acquire()
+        finally:
+            with self._lock:
+                if self._reader is reader:
+                    self._reader = None
+                    unread, self._unread = self._unread, None
+                else:
+                    unread = None
+            if unread is not None:
+                with clean_state():
+                    complete(self, unread.read())
 
     def __call__(self, reply: Reply) -> None:
         complete(self, reply)
+        with self._lock:
+            self._has_come = True
+            if self._reader is not None:
+                self._reader.release()
 
     def take_unread(self, answer: UnreadAnswer) -> bool:
-        if answer.type is not MessageType.EXCEPTION and (
-            answer.type is not MessageType.PYTHON_RET or answer.fields != _NO_SHARES
-        ):
+        if answer.type not in _LEFT_TO_WHO_WAITS:
             return False
-        self._is_being_taken = True
-        if self._is_eager:
-            self._is_being_taken = False
-            return False
-        self.set_result(_Unread(answer))
-        return True
-
-
-class _Unread:
-    """A value that is read when it is first asked for."""
-
-    __slots__ = ("_answer", "_lock", "_value")
-
-    def __init__(self, answer: UnreadAnswer) -> None:
-        self._answer: UnreadAnswer | None = answer
-        self._value: Any = None
-        # Has several threads that ask at once get the same value; held while user code unpickles it.
-        self._lock = threading.Lock()
-
-    def get(self) -> Any:
-        """The value, or the exception in its place."""
         with self._lock:
-            if self._answer is not None:
-                with clean_state():
-                    self._value = value_of(self._answer.read())
-                self._answer = None
-        return unwrapped(self._value)
+            if self._reader is None:
+                return False
+            self._unread = answer
+            self._has_come = True
+            self._reader.release()
+        return True
