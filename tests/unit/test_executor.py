@@ -146,17 +146,6 @@ def test_tasks_that_come_together_run_beside_each_other_if_they_take_long(wire: 
         wait(event)
 
 
-def test_short_tasks_that_come_together_need_no_thread_more(wire: Wire, start: Start) -> None:
-    executor = start(4)
-    before = threading.active_count()
-    left = [threading.Event() for _ in range(200)]
-    wire.queue.put([event.set for event in left])
-    for event in left:
-        wait(event)
-    wait_for(lambda: executor.num_idle() == 4, executor)
-    assert threading.active_count() == before
-
-
 @pytest.mark.parametrize("error", [ValueError("a defect"), SystemExit(3), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 def test_what_a_task_raises_is_logged_and_ends_no_thread(
     error: BaseException, wire: Wire, start: Start, caplog: pytest.LogCaptureFixture

@@ -153,10 +153,15 @@ def test_a_call_travels_without_the_name_of_its_class() -> None:
     assert pickler.loads_call(Pickled(pickle.dumps(call))) == call
 
 
-@pytest.mark.parametrize("other", [None, (), (len,), (len, ()), (5, (), {}), [len, (), {}], (len, (), {}, None)])
+@pytest.mark.parametrize("other", [None, (), (len,), (len, ()), (1, 2, 3), [len, (), {}], (len, (), {}, None)])
 def test_what_is_no_call_is_refused(other: Any) -> None:
     with pytest.raises(CalleeError, match=r"a call carries a function and its arguments, but a .* arrived"):
         pickler.loads_call(pickler.dumps(other))
+
+
+def test_a_call_of_what_cannot_be_called_fails_where_it_is_called() -> None:
+    assert pickler.loads_call(pickler.dumps_call(PythonUDF(None, (), {}))) == (None, (), {})
+    assert pickler.loads_call(pickler.dumps_call(PythonUDF(len, 5, []))) == (len, 5, [])
 
 
 def test_a_users_reducer_for_arrays_goes_before_this_packages() -> None:

@@ -261,6 +261,8 @@ class Executor:
                 is_alone = self._backlog and task is None and len(self._threads) <= 2
             if is_alone:
                 self._add_thread()
+            # The local name would keep them alive while this thread waits for others.
+            del tasks
             self._on_work()
             if task is not None:
                 return task

@@ -102,9 +102,11 @@ def loads_call(body: Pickled) -> tuple[Callable[..., Any], tuple[Any, ...], dict
         RpcError: what a reducer of this package raises, unchanged.
     """
     call = loads(body)
-    if not (isinstance(call, tuple) and len(call) == len(PythonUDF._fields) and callable(call[0])):
-        raise CalleeError(f"a call carries a function and its arguments, but a {type(call).__qualname__} arrived")
-    return call
+    if isinstance(call, tuple) and len(call) == len(PythonUDF._fields):
+        function, args, kwargs = call
+        if callable(function) or (isinstance(args, tuple) and isinstance(kwargs, dict)):
+            return call
+    raise CalleeError(f"a call carries a function and its arguments, but a {type(call).__qualname__} arrived")
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
