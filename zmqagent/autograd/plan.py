@@ -65,7 +65,7 @@ class Plan:
         self._given: set[Node] = set()
         self._is_finished = False
         self._pending: list[Node] | None = None
-        self._next: dict[Node, tuple[Edge, ...]] = {}
+        self._ends = (leaf_type, recv_type)
         self._in_degree: dict[Node, int] = {}
         self._scan(leaf_type, recv_type)
         # Filled by _prepare.
@@ -75,7 +75,7 @@ class Plan:
 
     def _scan(self, leaf_type: type, recv_type: type) -> None:
         """Finds all nodes and counts the edges into each."""
-        in_degree, next_edges = self._in_degree, self._next
+        in_degree = self._in_degree
         stack = list({node: None for edges in self._roots for node, _ in edges})
         for node in stack:
             in_degree[node] = 0
@@ -84,14 +84,12 @@ class Plan:
             kind = type(node)
             if kind is leaf_type:
                 self.leaves.append(node)
-                next_edges[node] = _NO_EDGES
                 continue
             if kind is recv_type:
                 self.recvs.append(node)
-                next_edges[node] = _NO_EDGES
                 continue
-            next_edges[node] = edges = node.next_functions
-            for child, _ in edges:
+            # Not kept: so many tuples more would set off full garbage collections, which take longer than the pass.
+            for child, _ in node.next_functions:
                 if child is None:
                     continue
                 if child in in_degree:
@@ -101,7 +99,7 @@ class Plan:
                     stack.append(child)
 
     def __len__(self) -> int:
-        return len(self._next)
+        return len(self._in_degree)
 
     @property
     def is_finished(self) -> bool:
@@ -110,7 +108,8 @@ class Plan:
 
     def edges_of(self, node: Node) -> tuple[Edge, ...]:
         """The node's ``next_functions``; none for leaves and recvs, where the graph of this worker ends."""
-        return self._next[node]
+        edges: tuple[Edge, ...] = _NO_EDGES if type(node) in self._ends else node.next_functions
+        return edges
 
     def arrive(self, root: int) -> None:
         """Notes that the gradients of root number ``root`` are there."""
@@ -133,7 +132,7 @@ class Plan:
         nodes = sorted(self._ancestors(ready), key=self._position.__getitem__)
         self._given.update(nodes)
         # All that flows into a given node has run before or is in this stage, so what is not given leads out.
-        edges = [edge for node in nodes for edge in self._next[node] if edge[0] is not None and edge[0] not in self._given]
+        edges = [edge for node in nodes for edge in self.edges_of(node) if edge[0] is not None and edge[0] not in self._given]
         return Stage(is_last=False, nodes=nodes, recvs=ready, leaving=list(dict.fromkeys(edges)))
 
     def rest(self) -> list[Node]:
@@ -165,7 +164,7 @@ class Plan:
             node = ready.pop()
             self._position[node] = len(self._position)
             roots = reached_by[node]
-            for child, _ in self._next[node]:
+            for child, _ in self.edges_of(node):
                 if child is None:
                     continue
                 reached_by[child] = reached_by.get(child, 0) | roots
