@@ -232,7 +232,7 @@ def test_conditions_say_what_was_pinned_and_stopped() -> None:
 
 
 def test_processes_are_seen_from_outside() -> None:
-    spent = "import threading, sys; m = bytearray(64 * 2**20); del m; print(); sys.stdin.read()"
+    spent = "import threading, sys; m = bytearray(64 * 2**20); del m; print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", spent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
