@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
-from zmqagent.exceptions import RpcError
+from zmqagent.exceptions import InvalidTypeError, RpcError
 from zmqagent.transport.base import Frames, PeerRecord
 
-__all__ = ["Carrier", "Link"]
+__all__ = ["Carrier", "Link", "as_buffer"]
 
 
 class Link(ABC):
@@ -52,3 +53,18 @@ class Carrier(ABC):
     def close(self, deadline: float) -> None:
         """Sends what links had accepted, until ``deadline`` (of `time.monotonic`), then frees sockets, files and threads. All
         links were ended before, and nobody receives."""
+
+
+def as_buffer(frame: Any) -> memoryview:
+    """One frame's memory. What can be wrong with a frame is found out by this, before a part of its message is written.
+
+    Raises:
+        InvalidTypeError: it is no contiguous buffer.
+    """
+    try:
+        view = memoryview(frame)
+    except TypeError:
+        raise InvalidTypeError(f"a frame must have the buffer protocol, but {type(frame).__name__} has not") from None
+    if not view.contiguous:
+        raise InvalidTypeError(f"a frame must be contiguous, but this {type(frame).__name__} is not")
+    return view

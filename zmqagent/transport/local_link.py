@@ -19,7 +19,7 @@ from typing import Any
 
 from zmqagent.exceptions import InvalidTypeError, RpcError, SendFailedError, WorkerLostError
 from zmqagent.transport.base import Event, Frames, PeerRecord
-from zmqagent.transport.carrier import Link
+from zmqagent.transport.carrier import Link, as_buffer
 from zmqagent.transport.lending import Lender, Loans
 from zmqagent.transport.poller import Poller, Source
 from zmqagent.transport.stream import LENT, prefix
@@ -216,16 +216,7 @@ def _views(frames: Sequence[Any]) -> list[memoryview]:
     """The frames as flat bytes. Whatever can fail fails here, before a part of the message is written."""
     if not frames:
         raise InvalidTypeError("a message has at least one frame, but this has none")
-    views = []
-    for frame in frames:
-        try:
-            view = memoryview(frame)
-        except TypeError:
-            raise InvalidTypeError(f"a frame must have the buffer protocol, but {type(frame).__name__} has not") from None
-        if not view.contiguous:
-            raise InvalidTypeError(f"a frame must be contiguous, but this {type(frame).__name__} is not")
-        views.append(view)
-    return views
+    return [as_buffer(frame) for frame in frames]
 
 
 def _parts(views: Sequence[memoryview], lent: Mapping[int, memoryview]) -> list[memoryview]:

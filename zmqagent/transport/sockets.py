@@ -169,6 +169,8 @@ class SocketTransport(Transport):
             return ()
         # What has arrived goes before the news that no more will come.
         arrived = self._poller.wait(0.0)
+        # Whoever calls this does not wait again soon.
+        self._poller.let_go()
         if arrived is None:
             self._poller.wake()
         with self._lives.lock:

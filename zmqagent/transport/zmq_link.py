@@ -10,7 +10,7 @@ import zmq
 
 from zmqagent.exceptions import InvalidTypeError, RpcError, SendFailedError, WorkerLostError
 from zmqagent.transport.base import Frames, PeerRecord
-from zmqagent.transport.carrier import Link
+from zmqagent.transport.carrier import Link, as_buffer
 from zmqagent.transport.endpoints import reachable_address
 
 __all__ = ["ZERO_COPY_BYTES", "ZmqContext", "ZmqLink", "ZmqSocket"]
@@ -103,15 +103,6 @@ class ZmqLink(Link):
 
 
 def _as_part(frame: Any) -> Any:
-    """One frame in the form that libzmq takes. Whatever can fail fails here, before a part of the message is queued.
-
-    Raises:
-        InvalidTypeError: the frame is no contiguous buffer.
-    """
-    try:
-        view = memoryview(frame)
-    except TypeError:
-        raise InvalidTypeError(f"a frame must have the buffer protocol, but {type(frame).__name__} has not") from None
-    if not view.contiguous:
-        raise InvalidTypeError(f"a frame must be contiguous, but this {type(frame).__name__} is not")
+    """One frame in the form that libzmq takes. Raises as `as_buffer`."""
+    view = as_buffer(frame)
     return frame if view.nbytes < ZERO_COPY_BYTES else zmq.Frame(view, track=False, copy=False)
